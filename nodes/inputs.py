@@ -1,0 +1,56 @@
+"""Inputs that many nodes share, with one wording."""
+
+from comfy_api.latest import io
+
+from ..patches.shared.schedule import Schedule
+
+
+def window():
+    """start_percent and end_percent, as every Steer node has them."""
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where it begins, as a share of the sampling range: 0 is the first step (pure noise). Higher "
+            "leaves the early steps, which decide the layout, as they were.",
+            advanced=True,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where it ends: 1 is the last step. Lower leaves the late steps, which decide fine detail, as "
+            "they were, and costs nothing there.",
+            advanced=True,
+        ),
+    ]
+
+
+def curve(of):
+    """A curve of weights; `of` says what it weighs."""
+    return io.Curve.Input(
+        "curve",
+        default=[(0.0, 1.0), (1.0, 1.0)],
+        optional=True,
+        socketless=False,
+        tooltip=f"Multiplies {of} over the sampling range, from the first step (left) to the last (right). "
+        "Flat at 1 changes nothing; where it is 0 the step costs nothing.",
+        advanced=True,
+    )
+
+
+def schedule(start_percent, end_percent, curve=None):
+    """A Schedule from the inputs above."""
+    points = None
+    if curve is not None:
+        from comfy_api.input import CurveInput
+
+        points = tuple(float(y) for y in CurveInput.from_raw(curve).to_lut(257))
+        if all(y == 1.0 for y in points):
+            points = None
+    return Schedule(start_percent, end_percent, points)

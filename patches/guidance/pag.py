@@ -1,0 +1,37 @@
+"""Perturbed-Attention Guidance (Ahn et al. 2024, arXiv 2403.17377)."""
+
+from dataclasses import dataclass
+
+from ..shared.architectures import unet
+from ..shared.steering import Term, Weak, steer
+
+# Section 5 and appendix: the middle block for Stable Diffusion
+AUTO = {unet.name: "middle"}
+
+
+def identity_attention(call):
+    """Self-attention with the identity as its map, softmax(QK^T) -> I: the output is V."""
+    return call.v
+
+
+@dataclass(frozen=True)
+class PAG(Term):
+    """D + s (D_c - D_c^), D_c^ with identity self-attention in `layers`: eq. 13, in D."""
+
+    s: float = 3.0
+    layers: str = "auto"
+    node = "SteerPAG"
+
+    @property
+    def off(self):
+        return super().off or self.s == 0.0
+
+    def branches(self, run):
+        return (Weak("PAG", identity_attention, run.layers(self.layers, AUTO)),)
+
+    def add(self, positive, weak, weight):
+        return (positive - weak[0]) * (self.s * weight)
+
+
+def apply(model, s, layers, schedule):
+    return steer(model, PAG(schedule, s, layers))

@@ -1,0 +1,56 @@
+"""One attention call, whatever the architecture, and edits that act on some of its rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from .layers import Layer
+
+
+@dataclass(frozen=True)
+class AttnCall:
+    """Arguments of one attention, batch first.
+
+    q: [B, N, heads * d]; k, v: [B, M, heads * d]; mask: additive or boolean, broadcastable to [B, heads, N, M], or None.
+    kind: "self", "cross" or "joint" (text and image in one sequence).
+    text, image: (first, last) token of the sequence that holds text and image; last None for its end.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    heads: int
+    layer: Layer
+    kind: str = "self"
+    mask: torch.Tensor | None = None
+    text: tuple[int, int | None] = (0, 0)
+    image: tuple[int, int | None] = (0, None)
+
+    def rows(self, first, last):
+        """The same call for rows first..last of the batch."""
+        cut = (t[first:last] for t in (self.q, self.k, self.v))
+        mask = self.mask[first:last] if self.mask is not None and self.mask.shape[0] == self.q.shape[0] else self.mask
+        return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask)
+
+
+Edit = Callable[[AttnCall], AttnCall | torch.Tensor]
+
+
+def attend(call, edits, attention):
+    """Runs `call`, each chunk of the batch through its own edit.
+
+    edits: one entry per chunk of the batch (equal, consecutive chunks): an edit, or None for plain attention.
+    attention: (AttnCall, chunks) -> output [b, N, heads * d] for the chunks named by that slice.
+    An edit returns a changed call, which then is attended, or the output itself, which costs no attention.
+    """
+    size = call.q.shape[0] // len(edits)
+    outputs, first = [], 0
+    for edit, run in groupby(edits):
+        last = first + len(list(run))
+        part = call.rows(first * size, last * size)
+        out = part if edit is None else edit(part)
+        outputs.append(attention(out, slice(first, last)) if isinstance(out, AttnCall) else out)
+        first = last
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
