@@ -61,6 +61,7 @@ FLUX = dict(
     theta=10000,
     qkv_bias=True,
     guidance_embed=False,
+    txt_ids_dims=[],
 )
 
 
@@ -113,8 +114,8 @@ POSITIVE, NEGATIVE = text(1), text(2)
 
 def noise(seed=0, batch=1, height=16, width=16, channels=4):
     """Starting noise, item by item, so that item i is the same in every batch."""
-    items = [torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed + i)) for i in range(batch)]
-    return torch.stack(items)
+    seeds = (torch.Generator().manual_seed(seed + i) for i in range(batch))
+    return torch.stack([torch.randn(channels, height, width, generator=g) for g in seeds])
 
 
 def sigmas(model, steps=4, scheduler="normal"):

@@ -13,7 +13,8 @@ from .layers import Layer
 class AttnCall:
     """Arguments of one attention, batch first.
 
-    q: [B, N, heads * d]; k, v: [B, M, heads * d]; mask: additive or boolean, broadcastable to [B, heads, N, M], or None.
+    q: [B, N, heads * d]; k, v: [B, M, heads * d].
+    mask: additive or boolean, broadcastable to [B, heads, N, M], or None.
     kind: "self", "cross" or "joint" (text and image in one sequence).
     text, image: (first, last) token of the sequence that holds text and image; last None for its end.
     """

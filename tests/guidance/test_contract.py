@@ -1,0 +1,168 @@
+"""What every guidance method promises, whichever it is; figures of a method are in its own file."""
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import toy
+import torch
+from steer.patches.guidance import apg, cfgpp, pag
+from steer.patches.shared.schedule import Schedule
+
+STEPS = 6
+ON = {
+    "PAG": lambda m, s=Schedule(): pag.apply(m, 3.0, "auto", s),
+    "PAG-layers": lambda m, s=Schedule(): pag.apply(m, 2.0, "middle, output.1-2", s),
+    "APG": lambda m, s=Schedule(): apg.apply(m, 0.0, 15.0, -0.5, s),
+    "CFG++": lambda m, s=Schedule(): cfgpp.apply(m, 0.6, s),
+    "all": lambda m, s=Schedule(): cfgpp.apply(apg.apply(pag.apply(m, 3.0, "auto", s), 0.3, 15.0, -0.5, s), 0.6, s),
+}
+OFF = {
+    "PAG scale 0": lambda m: pag.apply(m, 0.0, "auto", Schedule()),
+    "PAG closed": lambda m: pag.apply(m, 3.0, "auto", Schedule(0.5, 0.5)),
+    "PAG curve 0": lambda m: pag.apply(m, 3.0, "auto", Schedule(curve=(0.0, 0.0))),
+    "APG closed": lambda m: apg.apply(m, 0.0, 15.0, -0.5, Schedule(1.0, 1.0)),
+    "CFG++ strength 0": lambda m: cfgpp.apply(m, 0.0, Schedule()),
+    "CFG++ closed": lambda m: cfgpp.apply(m, 0.6, Schedule(0.7, 0.3)),
+    # open, but no step falls into it: the wrappers run and change nothing
+    "PAG between steps": lambda m: pag.apply(m, 3.0, "auto", Schedule(0.0101, 0.0102)),
+    "all between steps": lambda m: ON["all"](m, Schedule(0.0101, 0.0102)),
+}
+on = pytest.mark.parametrize("method", ON)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy.model()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return toy.sample(model, steps=STEPS)
+
+
+def close(a, b):
+    """Equal up to the host's own rounding when a batch is composed differently (host.md 3: 1e-4 on a std of 20)."""
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("method", OFF)
+def test_off_is_bit_equal_and_free(model, plain, method):
+    with toy.count_forwards(model) as count:
+        out = toy.sample(OFF[method](model), steps=STEPS)
+    assert torch.equal(out, plain)
+    assert (count.calls, count.rows) == (STEPS, 2 * STEPS)
+
+
+@on
+def test_it_acts_and_is_repeatable(model, plain, method):
+    steered = ON[method](model)
+    first = toy.sample(steered, steps=STEPS)
+    assert (first - plain).abs().max() > 0.05 * plain.std()
+    assert torch.equal(toy.sample(steered, steps=STEPS), first)
+
+
+@on
+def test_model_and_siblings_stay_as_they_were(model, plain, method):
+    sibling = model.clone()
+    toy.sample(ON[method](model), steps=STEPS)
+    assert torch.equal(toy.sample(model, steps=STEPS), plain)
+    assert torch.equal(toy.sample(sibling, steps=STEPS), plain)
+    assert "steer" not in model.model_options and not model.model_options["transformer_options"]
+
+
+@on
+@pytest.mark.parametrize("error", [RuntimeError, comfy.model_management.InterruptProcessingException])
+def test_an_error_in_mid_run_leaves_nothing_behind(model, plain, method, error):
+    steered = ON[method](model)
+    expected = toy.sample(steered, steps=STEPS)
+
+    def stop(step, x0, x, total):
+        if step == 2:
+            raise error()
+
+    with pytest.raises(error):
+        toy.sample(steered, steps=STEPS, callback=stop)
+    assert torch.equal(toy.sample(steered, steps=STEPS), expected)
+    assert torch.equal(toy.sample(model, steps=STEPS), plain)
+
+
+@on
+def test_batch_of_two_equals_two_runs(model, method):
+    steered = ON[method](model)
+    both = toy.sample(steered, steps=STEPS, start=toy.noise(batch=2))
+    for i in range(2):
+        assert close(both[i : i + 1], toy.sample(steered, steps=STEPS, start=toy.noise(seed=i)))
+
+
+@on
+def test_separate_calls_give_the_same(model, method, monkeypatch):
+    joined = toy.sample(ON[method](model), steps=STEPS)
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda a, b: a is b)
+    with toy.count_forwards(model) as count:
+        apart = toy.sample(ON[method](model), steps=STEPS)
+    assert count.calls == count.rows
+    assert close(apart, joined)
+
+
+@on
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(method, dtype):
+    half, full = toy.model(dtype=dtype), toy.model()
+    out, exact = (toy.sample(ON[method](m), steps=2) for m in (half, full))
+    assert out.isfinite().all()
+    assert (out - exact).std() < 0.15 * exact.std()
+
+
+@on
+@pytest.mark.parametrize("size", [(13, 19), (8, 40)])
+def test_odd_sizes(model, method, size):
+    out = toy.sample(ON[method](model), steps=2, start=toy.noise(height=size[0], width=size[1]))
+    assert out.shape[-2:] == size and out.isfinite().all()
+
+
+@on
+def test_prompts_of_unequal_length(model, method):
+    # the host joins 77 and 154 tokens in one batch, 77 and 100 in two
+    for tokens in (154, 100):
+        out = toy.sample(ON[method](model), steps=2, positive=toy.text(1, tokens))
+        assert out.isfinite().all()
+
+
+@on
+def test_area_conditioning(model, method, monkeypatch):
+    positive = toy.text(1) + toy.text(3, area=(8, 8, 4, 2), strength=0.8)
+    joined = toy.sample(ON[method](model), steps=3, positive=positive)
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda a, b: a is b)
+    assert close(toy.sample(ON[method](model), steps=3, positive=positive), joined)
+    assert not close(joined, toy.sample(ON[method](model), steps=3))
+
+
+@on
+def test_inpainting_keeps_what_is_masked(model, method):
+    latent = toy.noise(5)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1.0
+    out = toy.sample(ON[method](model), steps=3, latent=latent, denoise_mask=mask)
+    assert torch.allclose(out[..., :8], latent[..., :8], atol=1e-5)
+    assert not torch.allclose(out[..., 8:], latent[..., 8:], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["v", "flow"])
+@on
+def test_v_and_flow_models(method, kind):
+    model = toy.model(kind=kind)
+    out = toy.sample(ON[method](model), steps=3)
+    assert out.isfinite().all() and not torch.equal(out, toy.sample(model, steps=3))
+
+
+@on
+def test_inside_a_window_only(model, method):
+    """The first step is out of the window, so the first x0 is plain; afterwards it is not."""
+    first = {}
+
+    def keep(name):
+        return lambda step, x0, x, total: first.setdefault(name, x0.clone())
+
+    plain = toy.sample(model, steps=STEPS, callback=keep("plain"))
+    out = toy.sample(ON[method](model, Schedule(0.3, 1.0)), steps=STEPS, callback=keep("late"))
+    assert torch.equal(first["plain"], first["late"]) and not torch.equal(out, plain)

@@ -1,0 +1,42 @@
+import torch
+from steer.patches.shared.attention import AttnCall, attend
+from steer.patches.shared.layers import Layer
+
+
+def call(rows=6):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 5, 8, generator=g) for _ in range(3))
+    return AttnCall(q, k, v, 2, Layer("middle", 0))
+
+
+def attention(call, chunks):
+    seen.append((chunks.start, chunks.stop))
+    return call.q + call.k
+
+
+seen = []
+
+
+def test_each_chunk_goes_through_its_own_edit():
+    seen.clear()
+    c = call()
+    out = attend(c, [None, lambda c: c.v, None], attention)
+    plain = c.q + c.k
+    assert torch.equal(out, torch.cat([plain[:2], c.v[2:4], plain[4:]]))
+    assert seen == [(0, 1), (2, 3)]  # the edited rows cost no attention
+
+
+def test_a_changed_call_is_attended():
+    seen.clear()
+    c = call()
+    same = lambda c: AttnCall(c.q * 0, c.k, c.v, c.heads, c.layer)  # noqa: E731
+    out = attend(c, [same, same], attention)
+    assert torch.equal(out, c.k) and seen == [(0, 2)]
+
+
+def test_mask_is_cut_with_the_rows():
+    c = call()
+    masked = AttnCall(c.q, c.k, c.v, 2, c.layer, mask=torch.arange(6.0).view(6, 1, 1, 1))
+    assert masked.rows(2, 4).mask.flatten().tolist() == [2.0, 3.0]
+    shared = AttnCall(c.q, c.k, c.v, 2, c.layer, mask=torch.zeros(1, 1, 5, 5))
+    assert shared.rows(2, 4).mask.shape[0] == 1
