@@ -21,12 +21,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import host_imports
 import host_setup
+from host_run import PromptError, Result, definition, execute, executor, run
+
+__all__ = ["Host", "PromptError", "Result", "boot", "definition", "enter", "execute", "executor", "load_pack", "run",
+           "setup"]
 
 ROOT = Path(__file__).absolute().parents[1]
 HOME = ROOT / ".steer"
@@ -37,25 +40,6 @@ class Host:
     path: Path
     python: Path
     version: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind: `outputs[node id]` is the tuple of a node's outputs, `ui[node id]` what it shows."""
-
-    outputs: dict
-    ui: dict
-
-    def __getitem__(self, node_id):
-        return self.outputs[str(node_id)]
-
-
-class PromptError(RuntimeError):
-    """The host refused a prompt or failed while running it. `faults` is a list of (node id, input or None, text)."""
-
-    def __init__(self, faults):
-        self.faults = faults
-        super().__init__("\n".join(text for _, _, text in faults))
 
 
 # --- finding it ---------------------------------------------------------------------------------------------------
@@ -181,90 +165,6 @@ async def reload(pack):
         node.GET_SCHEMA()
 
 
-def executor():
-    """A PromptExecutor as the server makes it. One per run unless the cache between runs is wanted."""
-    import execution
-    import server
-
-    return execution.PromptExecutor(server.PromptServer.instance, cache_type=execution.CacheType.CLASSIC,
-                                    cache_args={"lru": 0, "ram": 0, "ram_inactive": 0})
-
-
-def execute(prompt, extra_data=None, runner=None):
-    """Runs an API prompt through the host's validation and executor. Raises PromptError, else returns a Result.
-
-    The host runs nothing that leads to no output node; a prompt without one gets a PreviewAny on every leaf.
-    """
-    import execution
-
-    prompt, prompt_id = with_output(prompt), str(uuid.uuid4())
-    valid, error, targets, node_errors = asyncio.run(execution.validate_prompt(prompt_id, prompt, None))
-    if node_errors or not valid:
-        raise PromptError(faults_of(prompt, node_errors, error))
-    runner = runner or executor()
-    runner.execute(prompt, prompt_id, extra_data or {}, targets)
-    if not runner.success:
-        raise PromptError(faults_of_run(prompt, runner.status_messages))
-    return Result(asyncio.run(cached_outputs(runner, prompt)), runner.history_result["outputs"])
-
-
-def with_output(prompt):
-    import nodes
-
-    kinds = [nodes.NODE_CLASS_MAPPINGS.get(node.get("class_type")) for node in prompt.values()]
-    if any(kind is None or getattr(kind, "OUTPUT_NODE", False) for kind in kinds):
-        return prompt
-    used = {value[0] for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)}
-    leaves = [key for key in prompt if key not in used]
-    previews = {f"preview-{key}": {"class_type": "PreviewAny", "inputs": {"source": [key, 0]}} for key in leaves}
-    return {**prompt, **previews}
-
-
-async def cached_outputs(runner, prompt):
-    """The executor keeps every node's outputs, per output a list of values: one value unless the output is a list."""
-    outputs = {}
-    for node_id in prompt:
-        entry = await runner.caches.outputs.get(node_id)
-        if entry is not None:
-            outputs[node_id] = tuple(slot[0] if len(slot) == 1 else slot for slot in entry.outputs)
-    return outputs
-
-
-def node_label(prompt, node_id):
-    node = prompt.get(node_id, {})
-    title = node.get("_meta", {}).get("title")
-    kind = node.get("class_type", "unknown type")
-    return f'node {node_id} "{title}" ({kind})' if title and title != kind else f"node {node_id} ({kind})"
-
-
-def faults_of(prompt, node_errors, error=None):
-    """The host's validation report as (node id, input, sentence) triples."""
-    faults = []
-    for node_id, report in node_errors.items():
-        for e in report["errors"]:
-            name = e.get("extra_info", {}).get("input_name")
-            where = node_label(prompt, node_id) + (f", input {name!r}" if name else "")
-            details = f": {e['details']}" if e.get("details") else ""
-            faults.append((node_id, name, f"{where}: {e['message']}{details}"))
-    if not faults:
-        info = error.get("extra_info", {})
-        where = f"{node_label(prompt, info['node_id'])}: " if info.get("node_id") in prompt else ""
-        faults.append((info.get("node_id"), None, f"{where}{error['message']} {error['details']}".strip()))
-    return faults
-
-
-def faults_of_run(prompt, messages):
-    faults = []
-    for event, data in messages:
-        if event == "execution_error":
-            node_id = data["node_id"]
-            text = f"{node_label(prompt, node_id)}: {data['exception_type']}: {data['exception_message'].strip()}"
-            faults.append((node_id, None, text))
-        elif event == "execution_interrupted":
-            faults.append((data["node_id"], None, f"{node_label(prompt, data['node_id'])}: interrupted"))
-    return faults
-
-
 # --- the host as a server -----------------------------------------------------------------------------------------
 
 
@@ -304,13 +204,15 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--path", action="store_true", help="print the folder of ComfyUI")
     what.add_argument("--python", action="store_true", help="print its interpreter")
-    what.add_argument("--serve", metavar="PORT", type=int, help="start the server with the pack; files in .steer/serve")
+    what.add_argument("--serve", metavar="PORT", type=int, help="start the server with this pack and no other")
+    parser.add_argument("--files", metavar="DIR", type=Path, default=HOME / "serve",
+                        help="where the server keeps its user, input, output and temp folders (%(default)s)")
     options = parser.parse_args()
     if options.serve is None:
         host = setup()
         print(host.path if options.path else host.python)
         return
-    run_main(enter(), main_arguments(options.serve, HOME / "serve"))
+    run_main(enter(), main_arguments(options.serve, options.files.absolute()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Runs a prompt on a ComfyUI server that is up already, and fetches what it wrote."""
+
+import asyncio
+import json
+import urllib.parse
+import uuid
+from functools import cached_property
+from pathlib import Path
+
+import aiohttp
+
+from .run_error import RunError, Unreachable
+
+TIMEOUT = aiohttp.ClientTimeout(total=None, connect=10)
+
+
+class Remote:
+    def __init__(self, url, out):
+        self.url = (url if "://" in url else "http://" + url).rstrip("/")
+        self.out = Path(out).absolute()
+
+    @cached_property
+    def definitions(self):
+        return self.request("/object_info")
+
+    def definition(self, kind):
+        return self.definitions.get(kind)
+
+    def request(self, path, body=None):
+        return asyncio.run(self._request(path, body))
+
+    async def _request(self, path, body=None, raw=False):
+        try:
+            async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+                async with session.request("GET" if body is None else "POST", self.url + path, json=body) as answer:
+                    if answer.status == 400:
+                        raise RunError(refusal(body["prompt"], await answer.json()), before_start=True)
+                    answer.raise_for_status()
+                    return await (answer.read() if raw else answer.json())
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(f"{self.url}: {error}") from None
+
+    def run(self, prompt, workflow, show):
+        return asyncio.run(self._run(prompt, workflow, show))
+
+    async def _run(self, prompt, workflow, show):
+        client = uuid.uuid4().hex
+        extra = {} if workflow is None else {"extra_pnginfo": {"workflow": workflow}}
+        body = {"prompt": prompt, "client_id": client, "extra_data": extra}
+        try:
+            async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+                async with session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket:
+                    prompt_id = (await self._request("/prompt", body))["prompt_id"]
+                    try:
+                        await self._follow(socket, prompt, prompt_id, show)
+                    except asyncio.CancelledError:  # Ctrl-C here stops the run there
+                        await self._request("/interrupt", {"prompt_id": prompt_id}, raw=True)
+                        raise
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(f"{self.url}: {error}") from None
+        history = await self._request(f"/history/{prompt_id}")
+        return history[prompt_id]["outputs"]
+
+    async def _follow(self, socket, prompt, prompt_id, show):
+        async for message in socket:
+            if message.type != aiohttp.WSMsgType.TEXT:
+                continue  # previews are binary
+            event = json.loads(message.data)
+            data = event.get("data") or {}
+            if data.get("prompt_id") != prompt_id:
+                continue
+            if event["type"] == "progress":
+                show(data["node"], data["value"], data["max"])
+            elif event["type"] == "execution_success":
+                return
+            elif event["type"] == "execution_error":
+                raise RunError(f"{label(prompt, data['node_id'])}: {data['exception_type']}: "
+                               f"{data['exception_message'].strip()}")
+            elif event["type"] == "execution_interrupted":
+                raise RunError(f"{label(prompt, data['node_id'])}: interrupted on the server")
+        raise Unreachable(f"{self.url}: the connection ended before the run did.")
+
+    def fetch(self, item):
+        """Downloads a written file; None for a preview. A file that is there already is never overwritten."""
+        if item.get("type") != "output":
+            return None
+        query = urllib.parse.urlencode({key: item.get(key) or "" for key in ("filename", "subfolder", "type")})
+        data = asyncio.run(self._request(f"/view?{query}", raw=True))
+        folder = self.out / (item.get("subfolder") or "")
+        if not folder.resolve().is_relative_to(self.out.resolve()):
+            raise RunError(f"{self.url} names a file outside its output folder: {item}")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = Path(Path(item["filename"]).name)
+        path, count = folder / name, 1
+        while path.exists():
+            count += 1
+            path = folder / f"{name.stem}-{count}{name.suffix}"
+        path.write_bytes(data)
+        return path
+
+
+def label(prompt, node_id):
+    entry = prompt.get(node_id) or {}
+    kind = entry.get("class_type", "unknown type")
+    title = (entry.get("_meta") or {}).get("title") or kind
+    return f'node {node_id} "{title}" ({kind})'
+
+
+def refusal(prompt, answer):
+    lines = []
+    for node_id, report in (answer.get("node_errors") or {}).items():
+        for error in report["errors"]:
+            name = (error.get("extra_info") or {}).get("input_name")
+            where = label(prompt, node_id) + (f", input {name!r}" if name else "")
+            lines.append(f"{where}: {error['message']}" + (f": {error['details']}" if error.get("details") else ""))
+    error = answer.get("error") or {}
+    return "\n".join(lines) or f"{error.get('message', answer)} {error.get('details', '')}".strip()
