@@ -128,6 +128,21 @@ def flux():
     return model(FLUX, "flow", base=comfy.model_base.Flux)
 
 
+def controlnet(hint, strength=1.0):
+    """A random ControlNet for `UNET` with a hint image [1, 3, H, W], as ControlNetApply puts it on a conditioning."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    # the output side of the UNet has no counterpart in a ControlNet
+    config = {k: v for k, v in UNET.items() if k not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, num_head_channels=32, device="cpu", operations=comfy.ops.manual_cast
+    )
+    random_weights(network, 3)
+    return comfy.controlnet.ControlNet(network, load_device=mm.get_torch_device()).set_cond_hint(hint, strength)
+
+
 def text(seed, tokens=77, width=64, **options):
     """A CONDITIONING as CLIPTextEncode gives it."""
     generator = torch.Generator().manual_seed(seed)

@@ -174,18 +174,30 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
         return executor(model, conds, x, timestep, model_options)
 
     role_of = {id(cond): role for role, cond in run.guider.conds.items()}
-    roles = tuple(role_of.get(id(cond), "other") for cond in conds)
+    roles = tuple(role_of.get(id(cond), "other") for cond in conds)  # "other": slices of a context window, say
     if call is None or call.joined or "positive" not in roles:
         return executor(model, conds, x, timestep, _with_roles(model_options, roles))
 
     call.joined = True
-    call.index = roles.index("positive")
-    options = _with_roles(model_options, roles + call.branches)
+    call.index = index = roles.index("positive")
+    if not call.branches:
+        return executor(model, conds, x, timestep, _with_roles(model_options, roles))
+    # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so the
+    # first row that other packs find under the positive's index is the positive, and index 1 is still the negative.
+    first, *others = call.branches
+    conds, roles = list(conds), list(roles)
+    count, positive = len(conds), conds[index]
+    conds[index], *more = call.branch_conds()
+    roles[index] = first
+    conds += [*more, positive]
+    roles += [*others, "positive"]
+    options = _with_roles(model_options, tuple(roles))
     if "model_function_wrapper" in options:
         options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
-    out = executor(model, [*conds, *call.branch_conds()], x, timestep, options)
-    call.predictions.update(zip(roles + call.branches, out, strict=True))
-    return out[: len(conds)]
+    out = executor(model, conds, x, timestep, options)
+    call.predictions.update(zip(roles, out, strict=True))
+    out[index] = out[-1]
+    return out[:count]
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
@@ -213,12 +225,11 @@ def _with_roles(model_options, roles):
 
 def _true_indices(call, roles, indices):
     """cond_or_uncond as other packs know it: a weak row is a positive one."""
-    return [call.index if isinstance(roles[i], Weak) else i for i in indices]
+    return [call.index if roles[i] == "positive" or isinstance(roles[i], Weak) else i for i in indices]
 
 
 def _known_indices(call, roles, wrapper, apply, args):
-    indices = [i if i < len(roles) else call.index for i in args["cond_or_uncond"]]
-    return wrapper(apply, {**args, "cond_or_uncond": indices})
+    return wrapper(apply, {**args, "cond_or_uncond": _true_indices(call, roles, args["cond_or_uncond"])})
 
 
 def _before_cfg(call, args):
