@@ -1,0 +1,122 @@
+"""Stage "eval": measure the shipped weights and write the figures into the card.
+
+Every figure here comes from held-out portraits or fresh noise; nothing is written by hand.
+"""
+
+import time
+
+import comfy.sample
+import numpy as np
+import torch
+
+from . import data, vae
+from .captions import caption
+from .load import load_model, load_vae
+from .portrait import FACTORS, SIZE, draw
+from .reader import load_reader
+from .reading import pair, reconstruct
+
+STEPS, CFG = 20, 5.0
+
+
+def tensor(pictures):
+    """uint8 [B, H, W, 3] -> the reader's float [B, 3, H, W] in [0, 1]."""
+    return (data.to_tensor(pictures, "cpu") + 1) / 2
+
+
+def conditioning(clip, prompts):
+    """One CONDITIONING whose batch holds one prompt per picture."""
+    return [[torch.cat([clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in prompts]), {}]]
+
+
+@torch.inference_mode()
+def sample(models, prompts, seed, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal"):
+    """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler would make them from `latent` or an empty one."""
+    model, clip, decoder = models
+    latent = torch.zeros(len(prompts), 4, SIZE // 8, SIZE // 8) if latent is None else latent
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    conds = conditioning(clip, prompts), conditioning(clip, [""])
+    out = comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, *conds, latent, denoise=1.0, seed=seed, disable_pbar=True)
+    return decoder.decode(out).movedim(-1, 1).float()
+
+
+def hits(reader, pictures, portraits):
+    """bool [B, factors]: the reader sees what the portrait says."""
+    with torch.no_grad():
+        logits = reader(pictures)[0]
+    targets = torch.tensor([p.indices for p in portraits])
+    return torch.stack([x.argmax(1) == targets[:, i] for i, x in enumerate(logits)], 1)
+
+
+def table(rates):
+    return {name: round(float(rate), 4) for name, rate in zip(FACTORS, rates, strict=True)}
+
+
+def prompt_hits(reader, models, prompts=64, seeds=4, first=0):
+    """Share of full prompts whose factor shows, per factor, over `seeds` noises; and the contact sheet's pictures."""
+    portraits = data.held_out(prompts, 1000)[0]
+    texts = [caption(p) for p in portraits]
+    made = [sample(models, texts, first + seed) for seed in range(seeds)]
+    return table(torch.cat([hits(reader, x, portraits) for x in made]).float().mean(0)), made[0]
+
+
+def leak(reader, models, count=48):
+    """Hide an unrelated picture's latent under the full starting noise. Where it and the prompt differ in a factor,
+    which of the two does the sample show? {factor: (share as prompted, share as hidden)}."""
+    prompted, hidden = data.held_out(count, 2000)[0], data.held_out(count, 3000)
+    latent = models[2].encode((torch.from_numpy(hidden[1]).float() / 255))
+    made = sample(models, [caption(p) for p in prompted], 7, latent)
+    as_said, as_hidden = hits(reader, made, prompted), hits(reader, made, hidden[0])
+    differ = torch.tensor([[a != b for a, b in zip(p.indices, h.indices, strict=True)] for p, h in zip(prompted, hidden[0], strict=True)])
+    count = differ.sum(0).clamp(min=1)
+    said, shown = table((as_said & differ).sum(0) / count), table((as_hidden & differ).sum(0) / count)
+    return {name: (said[name], shown[name]) for name in FACTORS}
+
+
+def auc(positive, negative):
+    """Area under the ROC curve: the chance that a positive pair scores above a negative one."""
+    ranks = torch.cat([positive, negative]).argsort().argsort()[: len(positive)].double() + 1
+    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
+
+
+@torch.no_grad()
+def reader_report(reader, count=1000):
+    """Accuracies on held-out renders and reconstructions, geometry R2, and identity verification on unseen faces."""
+    portraits, pictures = data.held_out(count)
+    rebuilt = reconstruct(_taesd(), pictures)
+    report = {}
+    for name, x in (("renders", pictures), ("reconstructions", rebuilt)):
+        batches = [reader(tensor(x[i : i + 100])) for i in range(0, count, 100)]
+        correct = torch.cat([hits(reader, tensor(x[i : i + 100]), portraits[i : i + 100]) for i in range(0, count, 100)])
+        truth, measured = torch.tensor([p.geometry for p in portraits]), torch.cat([b[1] for b in batches])
+        r2 = 1 - (measured - truth).square().mean(0) / truth.var(0)
+        report[name] = dict(accuracy=table(correct.float().mean(0)), geometry_r2=[round(v, 3) for v in r2.tolist()])
+    twins = [pair(data.HELD_OUT + i) for i in range(count // 2)]
+    sides = [np.stack([draw(t[s]) for t in twins]) for s in (0, 1)]
+    for name, (a, b) in (("renders", sides), ("reconstructions", [reconstruct(_taesd(), s) for s in sides])):
+        a, b = (torch.cat([reader(tensor(x[i : i + 100]))[2] for i in range(0, len(x), 100)]) for x in (a, b))
+        report[name]["identity_auc"] = round(auc((a * b).sum(1), (a * b.roll(1, 0)).sum(1)), 4)
+    return report
+
+
+def _taesd():
+    model = vae.network().float()
+    model.load_state_dict(load_vae().first_stage_model.state_dict())
+    return model.eval()
+
+
+def seconds_per_picture(models):
+    text = [caption(data.held_out(1, 4000)[0][0])]
+    sample(models, text, 0, steps=2)
+    began = time.time()
+    sample(models, text, 1)
+    return round(time.time() - began, 2)
+
+
+def sheet(pictures, path, columns=8):
+    """Write pictures [B, 3, H, W] as one contact sheet."""
+    from PIL import Image
+
+    x = (pictures.movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
+    x = x[: len(x) // columns * columns].reshape(-1, columns, SIZE, SIZE, 3).swapaxes(1, 2)
+    Image.fromarray(x.reshape(-1, columns * SIZE, 3)).save(path)

@@ -1,0 +1,133 @@
+"""The lab models as ordinary MODEL, CLIP and VAE objects of the host.
+
+    MODEL  the host's UNetModel, eps-prediction, Stable Diffusion's noise schedule      unet.safetensors
+    CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
+    VAE    the host's TAESD architecture                                                vae.safetensors
+"""
+
+import json
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+WEIGHTS = Path(__file__).parent / "weights"
+MODELS = {"unet": "unet.safetensors", "unet-weak": "unet_weak.safetensors"}
+LATENT_STD = 0.4  # at std 1 the starting noise would still show the layout: Stable Diffusion's schedule ends at SNR > 0
+TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
+UNET = dict(
+    image_size=16,
+    in_channels=4,
+    out_channels=4,
+    model_channels=64,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 2],
+    transformer_depth=[1, 1],
+    transformer_depth_output=[1, 1, 1, 1],
+    transformer_depth_middle=1,
+    context_dim=TEXT["hidden_size"],
+    use_spatial_transformer=True,
+    use_linear_in_transformer=False,
+    adm_in_channels=None,
+    use_checkpoint=False,
+    legacy=False,
+)
+
+
+class LabLatent(comfy.latent_formats.LatentFormat):
+    """Whitens each channel of the VAE's latents to LATENT_STD."""
+
+    def __init__(self, stats):
+        self.mean, self.std = (torch.tensor(stats[k]).view(1, 4, 1, 1) for k in ("mean", "std"))
+        self.latent_rgb_factors = stats["rgb_factors"]
+        self.latent_rgb_factors_bias = stats["rgb_bias"]
+
+    def process_in(self, latent):
+        return (latent - self.mean.to(latent)) / self.std.to(latent) * LATENT_STD
+
+    def process_out(self, latent):
+        return latent / LATENT_STD * self.std.to(latent) + self.mean.to(latent)
+
+
+class LabConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
+    memory_usage_factor = 1.0
+    supported_inference_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+
+class LabSDTokenizer(comfy.sd1_clip.SDTokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        size = TEXT["hidden_size"]
+        super().__init__(embedding_directory=embedding_directory, embedding_size=size, tokenizer_data=tokenizer_data or {})
+
+
+class LabTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        data = tokenizer_data or {}
+        super().__init__(embedding_directory=embedding_directory, tokenizer_data=data, tokenizer=LabSDTokenizer)
+
+
+class LabTextModel(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        options = {**(model_options or {}), "clip_l_model_config": TEXT}
+        super().__init__(device=device, dtype=dtype, model_options=options)
+
+
+def unet_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **changes):
+    """A BaseModel with uninitialised weights; `stats` are the latents' moments (see LabLatent)."""
+    config = LabConfig({**UNET, **changes})
+    config.latent_format = LabLatent(stats)
+    config.set_inference_dtype(dtype, manual_cast)
+    return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device(device))
+
+
+def load_unet(which="unet", disable_dynamic=False):
+    """-> ModelPatcher. Runs in the precision the host picks for its device (fp32 on a CPU)."""
+    mm, path = comfy.model_management, WEIGHTS / MODELS[which]
+    with safe_open(path, "pt") as f:
+        stats = json.loads(f.metadata()["latents"])
+    weights = load_file(path)
+    device, offload = mm.get_torch_device(), mm.unet_offload_device()
+    supported = LabConfig.supported_inference_dtypes
+    count = sum(w.numel() for w in weights.values())
+    dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
+    model = unet_model(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
+    patcher = comfy.model_patcher.CoreModelPatcher
+    if disable_dynamic:
+        patcher = comfy.model_patcher.ModelPatcher
+    patcher = patcher(model, load_device=device, offload_device=offload)
+    model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unet, (which,))
+    return patcher
+
+
+def load_clip():
+    """-> CLIP. Tokens that no caption uses all share the row trained for unknown words."""
+    weights = load_file(WEIGHTS / "text.safetensors")
+    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(LabTokenizer, LabTextModel))
+    table = clip.cond_stage_model.clip_l.transformer.text_model.embeddings.token_embedding.weight
+    ids, rows = weights.pop("token_ids"), weights.pop("token_rows")
+    full = rows[-1:].repeat(len(table), 1)
+    full[ids.long()] = rows[:-1]
+    weights["text_model.embeddings.token_embedding.weight"] = full
+    clip.cond_stage_model.clip_l.transformer.load_state_dict({k: w.to(table.dtype) for k, w in weights.items()})
+    return clip
+
+
+def load_vae():
+    return comfy.sd.VAE(sd={k: w.float() for k, w in load_file(WEIGHTS / "vae.safetensors").items()})
+
+
+def load_model(which="unet"):
+    """-> (MODEL, CLIP, VAE) for one of MODELS."""
+    if which not in MODELS:
+        raise ValueError(f"SteerLabModel: model={which!r} is unknown; choose one of {', '.join(MODELS)}.")
+    return load_unet(which), load_clip(), load_vae()

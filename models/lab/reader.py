@@ -1,0 +1,71 @@
+"""The reader: what a portrait shows, whose face it is, and how well it fits a prompt.
+
+    factors   a distribution over each discrete factor of FACTORS
+    geometry  the six continuous face measures, in [-1, 1]
+    identity  512-d unit vector trained on the geometry alone: two pictures of one face are close whatever they wear
+    score     mean log-probability of the factors that a prompt names; differentiable in the picture
+Needs torch only. Input everywhere: images [B, 3, 128, 128] in [0, 1].
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .captions import parse
+from .portrait import FACTORS, GEOMETRY, SIZE
+
+WEIGHTS = Path(__file__).parent / "weights" / "reader.safetensors"
+SIZES = [len(values) for values in FACTORS.values()]
+
+
+def _stage(n_in, n_out, stride):
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        widths = [(3, 24, 2), (24, 48, 2), (48, 96, 2), (96, 96, 1), (96, 160, 2), (160, 160, 1), (160, 256, 2)]
+        self.trunk = nn.Sequential(*[_stage(*w) for w in widths], nn.Conv2d(256, 48, 1), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(48 * 16, 384), nn.ReLU())
+        self.factors, self.geometry = nn.Linear(384, sum(SIZES)), nn.Linear(384, len(GEOMETRY))
+        self.face = nn.Sequential(nn.Linear(48 * 16, 256), nn.ReLU(), nn.Linear(256, 512))
+
+    def forward(self, images):
+        """-> (list of logits [B, values] per factor, geometry [B, 6], identity [B, 512])."""
+        if images.shape[-2:] != (SIZE, SIZE):
+            images = F.interpolate(images, (SIZE, SIZE), mode="area")
+        features = self.trunk(images * 2 - 1)
+        hidden = self.hidden(features)
+        identity = F.normalize(self.face(features).float(), dim=-1)
+        return self.factors(hidden).float().split(SIZES, 1), self.geometry(hidden).float(), identity
+
+    @torch.no_grad()
+    def read(self, images):
+        """-> per image {factor: (value, probability)}."""
+        probabilities = [x.softmax(1) for x in self(images)[0]]
+        names = list(FACTORS.items())
+        return [
+            {name: (values[int(p[i].argmax())], float(p[i].max())) for (name, values), p in zip(names, probabilities, strict=True)}
+            for i in range(len(images))
+        ]
+
+    def score(self, images, prompt):
+        """How well each image fits the factors that `prompt` names: mean log-probability [B], 0 is a perfect fit."""
+        said = parse(prompt)
+        if not said:
+            raise ValueError(f"the prompt {prompt!r} names no factor of the lab's world, so there is nothing to score")
+        logits = dict(zip(FACTORS, self(images)[0], strict=True))
+        terms = [logits[name].log_softmax(1)[:, FACTORS[name].index(value)] for name, value in said.items()]
+        return torch.stack(terms).mean(0)
+
+
+def load_reader():
+    """The trained reader in fp32, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    reader = Reader()
+    reader.load_state_dict({k: w.float() if w.is_floating_point() else w for k, w in load_file(WEIGHTS).items()})
+    return reader.eval().requires_grad_(False)
