@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..shared.architectures import unet
+from ..shared.architectures import self_attention_layers, unet
 from ..shared.steering import Term, Weak, steer
 
 # Section 5 and appendix: the middle block for Stable Diffusion
@@ -26,8 +26,8 @@ class PAG(Term):
     def off(self):
         return super().off or self.s == 0.0
 
-    def branches(self, run):
-        return (Weak("PAG", identity_attention, run.layers(self.layers, AUTO)),)
+    def branches(self, model):
+        return (Weak("PAG", identity_attention, self_attention_layers(model, self.layers, AUTO)),)
 
     def add(self, positive, weak, weight):
         return (positive - weak[0]) * (self.s * weight)

@@ -1,6 +1,6 @@
 """What a MODEL carries, in words, in the order in which it will act."""
 
-from ..shared.steering import Weak, in_order, overrides
+from ..shared.steering import blame, in_order, overrides
 
 PLACES = {
     "reshape": "reshapes the guidance difference",
@@ -18,18 +18,6 @@ FOREIGN = {
 }
 
 
-class _Model:
-    """As much of a `run.Run` as `branches` asks for, before there is a run."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def layers(self, text, auto):
-        from ..shared.run import Run
-
-        return Run.layers(self, text, auto)
-
-
 def describe(model, cfg=True):
     """Text about a ModelPatcher. cfg: whether the sampler runs a negative row too."""
     terms = in_order(model.model_options)
@@ -40,10 +28,8 @@ def describe(model, cfg=True):
             if overrides(term, place):
                 lines.append(f"  {what}: {term.node} ({settings(term)}) {window(term)}")
     for term in terms:
-        try:
-            branches[term] = set(term.branches(_Model(model)))
-        except ValueError as error:
-            raise ValueError(f"{term.node}: {error}") from None
+        with blame(term):
+            branches[term] = set(term.branches(model))
     lines.append("Forwards per step")
     edges = sorted({0.0, 1.0, *(p for t in terms for p in (t.schedule.start_percent, t.schedule.end_percent))})
     for first, last in zip(edges, edges[1:], strict=False):
@@ -51,7 +37,7 @@ def describe(model, cfg=True):
         rows = ["positive"]
         if cfg or any(term.needs_negative for term in active):
             rows.append("negative")
-        rows += sorted({str(b) for term in active for b in branches[term] if isinstance(b, Weak)})
+        rows += sorted({str(branch) for term in active for branch in branches[term]})
         lines.append(f"  {first:.0%} to {last:.0%}: {len(rows)} rows in 1 call ({', '.join(rows)})")
     foreign = [f"  {name}: {when}" for name, when in FOREIGN.items() if model.model_options.get(name)]
     return "\n".join(lines + (["From other nodes"] + foreign if foreign else []))

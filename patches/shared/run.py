@@ -12,9 +12,8 @@ import uuid
 from functools import partial
 
 from .architectures import adapter_of
-from .layers import resolve
 from .stats import Stats
-from .steering import CALL, PAIRWISE, ROLES, RUN, Weak, in_order, overrides
+from .steering import CALL, PAIRWISE, ROLES, RUN, Weak, blame, in_order, overrides
 
 KEY = "steer"
 
@@ -48,18 +47,10 @@ class Run:
         self.standard = _forms_the_pair(guider)
         self.terms = []
         for term in in_order(guider.model_options):
-            try:
+            with blame(term):
                 self._check(term)
                 term.prepare(self)
-                self.terms.append((term, term.schedule.resolve(self.sampling), tuple(term.branches(self))))
-            except ValueError as error:
-                raise ValueError(f"{term.node}: {error}") from None
-
-    def layers(self, text, auto):
-        """Self-attention layers of the live model by name. auto: {adapter name: the method's own default}."""
-        adapter = adapter_of(self.model.model)
-        available = adapter.self_attention(self.model.get_model_object("diffusion_model"))
-        return resolve(auto[adapter.name] if text.strip() == "auto" else text, available)
+                self.terms.append((term, term.schedule.resolve(self.sampling), tuple(term.branches(self.model))))
 
     def _check(self, term):
         guider = type(self.guider).__name__

@@ -11,6 +11,7 @@ predictions at fixed places, in this order whatever the order of the nodes:
 Predictions are clean estimates D(x, sigma), in the latent space in which the model works, [B, C, ...] of any rank.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,8 +60,8 @@ class Term:
     def prepare(self, run):
         """Checks the term against model, sampler and sigmas before the first step; raises ValueError."""
 
-    def branches(self, run):
-        """The `Weak` predictions it needs while it is active."""
+    def branches(self, model):
+        """The `Weak` predictions it needs while it is active, on this ModelPatcher; raises ValueError."""
         return ()
 
     def reshape(self, difference, positive, call, weight):
@@ -88,12 +89,23 @@ def overrides(term, place):
     return getattr(type(term), place) is not getattr(Term, place)
 
 
+@contextmanager
+def blame(term):
+    """Puts the node's name before what is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{term.node}: {error}") from None
+
+
 def steer(model, term):
-    """A clone of `model` (a ModelPatcher) that also carries `term`."""
+    """A clone of `model` (a ModelPatcher) that also carries `term`; ValueError where the term cannot act on it."""
     from .run import install
 
     model = model.clone()
     if not term.off:
+        with blame(term):
+            term.branches(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
         install(model)
     return model

@@ -1,6 +1,6 @@
 import pytest
-import toy
 import torch
+import toy
 from steer.patches.guidance import apg
 from steer.patches.shared.schedule import Schedule
 

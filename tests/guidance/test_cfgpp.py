@@ -1,8 +1,8 @@
 import comfy.model_patcher
 import comfy.samplers
 import pytest
-import toy
 import torch
+import toy
 from comfy_extras.nodes_custom_sampler import Guider_Basic
 from steer.patches.guidance import cfgpp
 from steer.patches.shared.schedule import Schedule
@@ -15,7 +15,7 @@ def steered(model, lam=0.6, schedule=Schedule()):
 
 
 def paper(lam, kind):
-    """Algorithm 2 of the paper as a sampler, in the paper's own variables: z = x / sqrt(1 + s^2) on eps and v models."""
+    """Algorithm 2 of the paper as a sampler, in its own variables: z = x / sqrt(1 + s^2) on eps and v models."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         seen = {}

@@ -3,8 +3,8 @@
 import comfy.model_management
 import comfy.samplers
 import pytest
-import toy
 import torch
+import toy
 from steer.patches.guidance import apg, cfgpp, pag
 from steer.patches.shared.schedule import Schedule
 

@@ -7,9 +7,17 @@ An adapter is a module or class with
     edit_self_attention(options, edits)   adds edits to a private copy of one call's transformer_options
 """
 
+from ..layers import resolve
 from . import unet
 
 ADAPTERS = (unet,)
+
+
+def self_attention_layers(model, text, auto):
+    """Self-attention layers of a ModelPatcher by name. auto: {adapter name: the method's own default}."""
+    adapter = adapter_of(model.model)
+    available = adapter.self_attention(model.get_model_object("diffusion_model"))
+    return resolve(auto[adapter.name] if text.strip() == "auto" else text, available)
 
 
 def adapter_of(model):
