@@ -50,16 +50,25 @@ class Remote:
         try:
             async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
                 async with session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket:
-                    prompt_id = (await self._request("/prompt", body))["prompt_id"]
+                    answer = await self._request("/prompt", body)
+                    prompt_id = answer["prompt_id"]
+                    if answer.get("node_errors"):  # the server would run what does not depend on the faulty nodes
+                        await self._stop(prompt_id)
+                        raise RunError(refusal(prompt, answer), before_start=True)
                     try:
                         await self._follow(socket, prompt, prompt_id, show)
                     except asyncio.CancelledError:  # Ctrl-C here stops the run there
-                        await self._request("/interrupt", {"prompt_id": prompt_id}, raw=True)
+                        await self._stop(prompt_id)
                         raise
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{self.url}: {error}") from None
         history = await self._request(f"/history/{prompt_id}")
         return history[prompt_id]["outputs"]
+
+    async def _stop(self, prompt_id):
+        """Waiting or running, it ends."""
+        await self._request("/queue", {"delete": [prompt_id]}, raw=True)
+        await self._request("/interrupt", {"prompt_id": prompt_id}, raw=True)
 
     async def _follow(self, socket, prompt, prompt_id, show):
         async for message in socket:

@@ -1,0 +1,57 @@
+"""The real page in a real browser: workflows load without a complaint and become the prompt that the runner makes."""
+
+import json
+
+import host
+import pytest
+from headless.convert import convert
+
+SHIPPED = sorted((host.ROOT / "workflows").glob("*.json"))
+GRAPHS = sorted((host.ROOT / "tests" / "workflows" / "graphs").glob("*.json"))
+
+SETTLED = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))"
+RED_NODES = """JSON.stringify([app.graph, ...app.graph.subgraphs.values()].flatMap(graph => graph.nodes)
+    .filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
+    .map(node => `${node.id} ${node.type}`))"""
+
+
+def load(page, path):
+    """Shows a workflow and returns (its content, the prompt the page would send, what the console said)."""
+    page.evaluate(SETTLED)
+    page.console.clear()
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    page.evaluate(f"app.loadGraphData({json.dumps(workflow)})")
+    page.evaluate(SETTLED)
+    prompt = json.loads(page.evaluate("app.graphToPrompt().then(result => JSON.stringify(result.output))"))
+    return workflow, prompt, list(page.console)
+
+
+def test_page_starts_without_errors_of_the_pack(page, server):
+    name = host.ROOT.name
+    assert [line for line in page.console if f"/extensions/{name}" in line] == []
+    assert any(key.startswith("Steer") for key in server.get("/object_info")), "the server has none of our nodes"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_workflow(page, path):
+    workflow, prompt, console = load(page, path)
+    assert console == []
+    assert json.loads(page.evaluate(RED_NODES)) == []
+    assert convert(workflow, host.definition) == prompt
+    assert page.evaluate("document.querySelectorAll('.p-dialog, .p-toast-message-error').length") == 0
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_conversion_equals_the_page(page, server, path):
+    workflow, prompt, console = load(page, path)
+    assert console == []
+    assert convert(workflow, host.definition) == prompt
+    assert len(prompt) > 2
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_a_saved_copy_converts_to_the_same_prompt(page, path):
+    """The file that the page writes after loading an older one is another file with the same meaning."""
+    _, prompt, _ = load(page, path)
+    saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+    assert convert(saved, host.definition) == prompt
