@@ -1,0 +1,40 @@
+"""A copy of the repository in the custom_nodes of a ComfyUI that knows nothing else."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import host
+import pytest
+
+NOT_CLONED = shutil.ignore_patterns(".git", ".steer", "__pycache__", ".pytest_cache", ".ruff_cache", "output")
+MAIN = "import sys; sys.path.append(sys.argv.pop(1)); import host; host.run_main(host.setup(), sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """What ComfyUI's main.py says when it starts with our copy as its only custom node."""
+    base = tmp_path_factory.mktemp("stock")
+    shutil.copytree(host.ROOT, base / "custom_nodes" / "steer", ignore=NOT_CLONED)
+    command = [sys.executable, "-c", MAIN, str(host.ROOT / "tests"), "--base-directory", str(base), "--cpu",
+               "--quick-test-for-ci", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def test_it_loads(log):
+    line = next(line for line in log.splitlines() if line.rstrip().endswith("steer") and "seconds" in line)
+    assert "FAILED" not in line
+    assert "Traceback" not in log and "Error while calling" not in log
+
+
+def test_it_starts_within_a_fifth_of_a_second(log):
+    seconds = float(re.search(r"([\d.]+) seconds: \S*steer\s", log).group(1))  # the host rounds to a tenth
+    assert seconds < 0.2
+
+
+def test_it_asks_for_no_package():
+    """Nothing to install: the environment of the host's requirements is enough, and the metadata says so."""
+    assert re.search(r"^dependencies = \[\]$", (host.ROOT / "pyproject.toml").read_text(), re.MULTILINE)
