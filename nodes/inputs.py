@@ -32,15 +32,13 @@ def window():
 
 
 def curve(of):
-    """A curve of weights; `of` says what it weighs."""
-    return io.Curve.Input(
+    """An optional curve of weights, a socket for the host's Curve Editor; `of` says what it weighs."""
+    return io.Custom("CURVE").Input(
         "curve",
-        default=[(0.0, 1.0), (1.0, 1.0)],
         optional=True,
-        socketless=False,
-        tooltip=f"Multiplies {of} over the sampling range, from the first step (left) to the last (right). "
-        "Flat at 1 changes nothing; where it is 0 the step costs nothing.",
-        advanced=True,
+        tooltip=f"From a Curve Editor: multiplies {of} over the sampling range, from the first step (left) to the last "
+        "(right). 1 changes nothing; where it is 0 the step costs nothing.",
+        extra_dict={"forceInput": True},  # the page would draw an editor into every node
     )
 
 

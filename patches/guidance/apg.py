@@ -7,7 +7,7 @@ from ..shared.steering import Term, steer
 
 @dataclass(frozen=True)
 class APG(Term):
-    """D = D_c + (w - 1) (d_perp + eta d_par): algorithm 1, on clean estimates as in section 4.
+    """D = D_c + (w - 1) (d_perp + eta d_par), on clean estimates, where the paper finds it works best.
 
     eta: share of the part of d parallel to D_c; 1 keeps it whole, 0 (paper) takes the oversaturation away.
     r: largest norm of d over all non-batch dimensions; 0 for no limit.

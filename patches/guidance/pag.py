@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..shared.architectures import self_attention_layers, unet
 from ..shared.steering import Term, Weak, steer
 
-# Section 5 and appendix: the middle block for Stable Diffusion
+# the paper's choice for Stable Diffusion
 AUTO = {unet.name: "middle"}
 
 
@@ -16,7 +16,7 @@ def identity_attention(call):
 
 @dataclass(frozen=True)
 class PAG(Term):
-    """D + s (D_c - D_c^), D_c^ with identity self-attention in `layers`: eq. 13, in D."""
+    """D + s (D_c - D_c^), where D_c^ has identity self-attention in `layers`; the paper's guidance, in D."""
 
     s: float = 3.0
     layers: str = "auto"

@@ -15,7 +15,7 @@ def steered(model, eta=0.0, r=15.0, beta=-0.5, schedule=Schedule()):
 
 
 def oracle(model, eta, r, beta):
-    """Algorithm 1 of the paper, item by item in float64, as a cfg function of the host."""
+    """The paper's algorithm, item by item in float64, as a cfg function of the host."""
     average = {}
 
     def cfg_function(args):
