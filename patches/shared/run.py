@@ -12,6 +12,7 @@ import uuid
 from functools import partial
 
 from .architectures import adapter_of
+from .combine import add, after_cfg, before_cfg, with_roles
 from .stats import Stats
 from .steering import CALL, PAIRWISE, ROLES, RUN, Weak, blame, in_order, overrides
 
@@ -143,8 +144,8 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
         options["disable_cfg1_optimization"] = True
     if run.standard:
         for name, function in (
-            ("sampler_pre_cfg_function", _before_cfg),
-            ("sampler_post_cfg_function", _after_cfg),
+            ("sampler_pre_cfg_function", before_cfg),
+            ("sampler_post_cfg_function", after_cfg),
         ):
             options[name] = [partial(function, call), *options.get(name, ())]
         if call.overridden("reshape", "scale"):
@@ -154,7 +155,7 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
 
     denoised = executor(x, timestep, options, seed)
     if not call.combined:  # a guider with arithmetic of its own: what is added, is added to its result
-        denoised = _add(call, denoised, options)
+        denoised = add(call, denoised, options)
     return denoised
 
 
@@ -167,12 +168,12 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     role_of = {id(cond): role for role, cond in run.guider.conds.items()}
     roles = tuple(role_of.get(id(cond), "other") for cond in conds)  # "other": slices of a context window, say
     if call is None or call.joined or "positive" not in roles:
-        return executor(model, conds, x, timestep, _with_roles(model_options, roles))
+        return executor(model, conds, x, timestep, with_roles(model_options, roles))
 
     call.joined = True
     call.index = index = roles.index("positive")
     if not call.branches:
-        return executor(model, conds, x, timestep, _with_roles(model_options, roles))
+        return executor(model, conds, x, timestep, with_roles(model_options, roles))
     # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so the
     # first row that other packs find under the positive's index is the positive, and index 1 is still the negative.
     first, *others = call.branches
@@ -182,7 +183,7 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     roles[index] = first
     conds += [*more, positive]
     roles += [*others, "positive"]
-    options = _with_roles(model_options, tuple(roles))
+    options = with_roles(model_options, tuple(roles))
     if "model_function_wrapper" in options:
         options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
     out = executor(model, conds, x, timestep, options)
@@ -195,6 +196,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     options = transformer_options
     run, roles = options.get(RUN), options.get(ROLES)
     if run is not None:
+        if not run.stats.evaluations:
+            raise ValueError(
+                f"Steer: {type(run.guider).__name__} does not call the host's PREDICT_NOISE wrappers, so that steering "
+                "cannot act; use KSampler, CFGGuider or another guider."
+            )
         indices = options["cond_or_uncond"]
         chunks = [roles[i] if roles else "other" for i in indices]
         run.stats.count(chunks, x)
@@ -210,10 +216,6 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _with_roles(model_options, roles):
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], ROLES: roles}}
-
-
 def _true_indices(call, roles, indices):
     """cond_or_uncond as other packs know it: a weak row is a positive one."""
     return [call.index if roles[i] == "positive" or isinstance(roles[i], Weak) else i for i in indices]
@@ -221,69 +223,3 @@ def _true_indices(call, roles, indices):
 
 def _known_indices(call, roles, wrapper, apply, args):
     return wrapper(apply, {**args, "cond_or_uncond": _true_indices(call, roles, args["cond_or_uncond"])})
-
-
-def _before_cfg(call, args):
-    """The first pre_cfg function: keeps what the network said before other nodes edit it."""
-    call.predictions.update(zip(("positive", "negative"), args["conds_out"], strict=False))
-    return args["conds_out"]
-
-
-def _after_cfg(call, args):
-    """The first post_cfg function: all of Steer's combination, after pre_cfg and before post_cfg of other nodes."""
-    call.combined = True
-    denoised = args["denoised"]
-    if args["uncond"] is not None and call.overridden("reshape", "scale"):
-        denoised = _guide(call, args)
-    denoised = _add(call, denoised, args["model_options"])
-    for term, _, _ in call.active:
-        denoised = term.step(denoised, call)
-    return denoised
-
-
-def _guide(call, args):
-    """Classifier-free guidance with reshaped difference and own weight, through another node's cfg function if any."""
-    x, w = call.x, args["cond_scale"]
-    positive, negative = args["cond_denoised"], args["uncond_denoised"]
-    if call.overridden("reshape"):
-        difference = positive - negative
-        for term, weight, _ in call.active:
-            difference = term.reshape(difference, positive, call, weight)
-        negative = positive - difference
-    for term, _, _ in call.active:
-        w = term.scale(w)
-    if call.cfg_function is None:
-        return negative + (positive - negative) * w
-    return x - call.cfg_function(
-        {
-            "cond": x - positive,
-            "uncond": x - negative,
-            "cond_scale": w,
-            "timestep": call.sigma,
-            "input": x,
-            "sigma": call.sigma,
-            "cond_denoised": positive,
-            "uncond_denoised": negative,
-            "model": args["model"],
-            "model_options": args["model_options"],
-            "input_cond": args["cond"],
-            "input_uncond": args["uncond"],
-        }
-    )
-
-
-def _add(call, denoised, options):
-    """Runs the branches that could not join the guider's batch, then adds each term's share."""
-    if call.branches and not all(branch in call.predictions for branch in call.branches):
-        import comfy.samplers
-
-        conds, roles = call.branch_conds(), call.branches
-        if "positive" not in call.predictions:
-            conds, roles = [call.conds["positive"], *conds], ("positive", *roles)
-        model = call.run.guider.inner_model
-        out = comfy.samplers.calc_cond_batch(model, conds, call.x, call.sigma, _with_roles(options, roles))
-        call.predictions.update(zip(roles, out, strict=True))
-    for term, weight, branches in call.active:
-        added = term.add(call.predictions.get("positive"), [call.predictions[b] for b in branches], weight)
-        denoised = denoised if added is None else denoised + added
-    return denoised

@@ -157,6 +157,18 @@ def test_guiders_that_combine_in_their_own_way_are_refused(model, name, term):
     assert count.calls == 0
 
 
+def test_a_guider_that_goes_around_steering_is_refused(model):
+    class Bypass(comfy.samplers.CFGGuider):
+        def __call__(self, *args, **kwargs):
+            return self.predict_noise(*args, **kwargs)
+
+    steered = TERMS["APG"](model)
+    guider = Bypass(steered)
+    guider.set_conds(toy.POSITIVE, toy.NEGATIVE)
+    with pytest.raises(ValueError, match="Steer: Bypass does not call the host's PREDICT_NOISE wrappers"):
+        toy.sample(steered, guider=guider)
+
+
 # --- functions of other packs -------------------------------------------------------------------------------------
 
 

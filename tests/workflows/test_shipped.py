@@ -1,0 +1,69 @@
+"""Every shipped workflow, through the host's validation and executor; and the main job as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import host
+import pytest
+import torch
+from headless.convert import convert
+from PIL import Image
+
+WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
+
+
+def prompt_of(path, steps):
+    """The workflow as the page would send it, with fewer steps."""
+    prompt = convert(json.loads(path.read_text(encoding="utf-8")), host.definition)
+    for node in prompt.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = steps
+    return prompt
+
+
+def decoded(prompt, result):
+    """Pictures by the title of the node that decodes them."""
+    return {n["_meta"]["title"]: result[i][0] for i, n in prompt.items() if n["class_type"] == "VAEDecode"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_runs(path):
+    prompt = prompt_of(path, steps=4)
+    result = host.execute(prompt)
+    saving = [i for i, n in prompt.items() if n["class_type"] == "SaveImage"]
+    assert saving and all(len(result.ui[i]["images"]) >= 1 for i in saving)
+    pictures = decoded(prompt, result)
+    assert pictures and all(p.isfinite().all() and p.std() > 0.05 for p in pictures.values())
+    if "Decode off" in pictures:
+        assert (pictures["Decode on"] - pictures["Decode off"]).abs().mean() > 0.01
+
+
+def test_turned_off_in_the_workflow_is_off():
+    (path,) = (p for p in WORKFLOWS if p.stem == "guidance-pag")
+    prompt = prompt_of(path, steps=4)
+    for node in prompt.values():
+        if node["class_type"] == "SteerPAG":
+            node["inputs"]["scale"] = 0.0
+    pictures = decoded(prompt, host.execute(prompt))
+    assert torch.equal(pictures["Decode on"], pictures["Decode off"])
+
+
+def test_a_wrong_layer_is_told_by_its_node():
+    (path,) = (p for p in WORKFLOWS if p.stem == "guidance-pag")
+    prompt = prompt_of(path, steps=1)
+    (node_id,) = (i for i, n in prompt.items() if n["class_type"] == "SteerPAG")
+    prompt[node_id]["inputs"]["layers"] = "double.3"
+    with pytest.raises(host.PromptError, match='SteerPAG: no layer "double.3"; this model has') as error:
+        host.execute(prompt)
+    assert error.value.faults[0][0] == node_id
+
+
+def test_main_job(tmp_path):
+    """`python workflows/run.py guidance-pag`."""
+    command = [sys.executable, str(host.ROOT / "workflows" / "run.py"), "guidance-pag", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = [line for line in done.stdout.splitlines() if line.endswith(".png")]
+    assert len(written) == 8 and all(Image.open(p).size == (128, 128) for p in written)
+    assert "workflow" in Image.open(written[0]).text

@@ -1,0 +1,72 @@
+"""Makes the pictures of the shipped workflows anew: thumbnails, help pages, README.
+
+    python workflows/pictures.py [NAME ...]
+
+Runs each workflow as it is shipped; one row of the sheet per Save Image node, in the order of the graph.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).absolute().parent
+ROOT = HERE.parent
+sys.path += [str(HERE), str(ROOT / "tests")]
+
+import host  # noqa: E402
+
+HELP = {"guidance-pag": "SteerPAG", "guidance-apg": "SteerAPG", "guidance-cfgpp": "SteerCFGPP"}
+README = ["guidance-pag", "guidance-apg", "guidance-cfgpp"]
+
+
+def rows_of(name):
+    """Rows of PIL images that a workflow saves."""
+    import json
+
+    from headless.convert import convert
+    from headless.local import Local
+    from PIL import Image
+
+    workflow = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        local = Local(folder)
+        prompt = convert(workflow, local.definition)
+        shown = local.run(prompt, None, lambda *progress: None)
+        saving = sorted((n for n in prompt if prompt[n]["class_type"] == "SaveImage"), key=int)
+        return [[Image.open(local.fetch(item)).convert("RGB") for item in shown[n]["images"]] for n in saving]
+
+
+def sheet(rows, gap=4):
+    from PIL import Image
+
+    size = rows[0][0].width + gap
+    out = Image.new("RGB", (size * max(map(len, rows)) - gap, size * len(rows) - gap), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            out.paste(picture, (x * size, y * size))
+    return out
+
+
+def main():
+    names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.json"))
+    host.enter()
+    made = {}
+    for name in names:
+        rows = made[name] = rows_of(name)
+        targets = [HERE / f"{name}.jpg"]
+        if name in HELP:
+            rows = rows[:2]
+            targets.append(ROOT / "nodes" / "help" / "docs" / HELP[name] / "off-on.jpg")
+        for path in targets:
+            sheet(rows).save(path, quality=88)
+            print(path.relative_to(ROOT))
+    if set(README) <= set(made):
+        pairs = [[off + on for off, on in zip([made[name][0]], [made[name][1]], strict=True)][0] for name in README]
+        path = ROOT / "docs" / "steer.jpg"
+        path.parent.mkdir(exist_ok=True)
+        sheet(pairs).save(path, quality=88)
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
