@@ -120,3 +120,103 @@ def sheet(pictures, path, columns=8):
     x = (pictures.movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
     x = x[: len(x) // columns * columns].reshape(-1, columns, SIZE, SIZE, 3).swapaxes(1, 2)
     Image.fromarray(x.reshape(-1, columns * SIZE, 3)).save(path)
+
+
+def write_card(out, prompts=64, seeds=4):
+    """Measure everything -> `out`/scores.json, card.md and sheet.png."""
+    reader, models = load_reader(), load_model("unet")
+    scores = {}
+    pictures = data.held_out(256, 5000)[1]
+    scores["vae"] = dict(zip(("psnr", "psnr_min"), (round(v, 2) for v in vae.psnr(_taesd(), pictures)), strict=True))
+    scores["reader"] = reader_report(reader)
+    scores["unet"], made = prompt_hits(reader, models, prompts, seeds)
+    sheet(made, out / "sheet.png")
+    scores["unet-weak"], _ = prompt_hits(reader, load_model("unet-weak"), prompts, 1)
+    scores["leak"] = leak(reader, models)
+    scores["seconds_per_picture"] = seconds_per_picture(models)
+    scores["megabytes"] = round(sum(p.stat().st_size for p in out.glob("*.safetensors")) / 2**20, 1)
+    data.write_json(out / "scores.json", scores)
+    (out / "card.md").write_text(card(scores, prompts, seeds, last_rows(out / "training.csv")))
+
+
+def last_rows(path):
+    """The last logged value of every (stage, name), with its step, samples and seconds."""
+    with path.open() as f:
+        rows = [line.strip().split(",") for line in f][1:]
+    return {(stage, name): (int(step), int(samples), int(seconds), value) for stage, step, samples, seconds, name, value in rows}
+
+
+def card(scores, prompts, seeds, log):
+    """The model card in Markdown."""
+    mean = {which: sum(scores[which].values()) / len(FACTORS) for which in ("unet", "unet-weak")}
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {scores['reader']['renders']['accuracy'][name]:.3f} "
+        f"| {scores['reader']['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
+        f"| {scores['unet-weak'][name]:.3f} | {scores['leak'][name][0]:.2f} / {scores['leak'][name][1]:.2f} |"
+        for name, values in FACTORS.items()
+    )
+    stages = "\n".join(
+        f"| {stage} | {step} | {samples} | {seconds / 60:.1f} | {name} {value} |"
+        for (stage, name), (step, samples, seconds, value) in log.items()
+        if name in ("loss", "psnr", "eps_error", "accuracy")
+    )
+    faces = {name: scores["reader"][name]["identity_auc"] for name in ("renders", "reconstructions")}
+    r2 = {name: ", ".join(map(str, scores["reader"][name]["geometry_r2"])) for name in faces}
+    return CARD.format(
+        vae=scores["vae"], rows=rows, stages=stages, faces=faces, r2=r2, mean=mean, prompts=prompts, seeds=seeds,
+        steps=STEPS, cfg=CFG, seconds=scores["seconds_per_picture"], size=scores["megabytes"],
+    )
+
+
+CARD = """# The lab models
+
+Tiny models that ship with Steer, trained from nothing on portraits drawn by `models/lab/portrait.py`. They make every
+method runnable in seconds and its effect measurable. They prove an implementation, not the picture quality that the
+same method reaches on a large model. {size} MB together, fp16, Apache-2.0, no third-party data.
+
+This file, `scores.json` and `sheet.png` are written by `python models/lab/train.py eval`.
+
+![samples](sheet.png)
+
+## Parts
+
+| file | network | purpose |
+|---|---|---|
+| vae.safetensors | TAESD, 8x, 4 channels | pictures <-> latents |
+| text.safetensors | CLIP text transformer, 2 layers, 128 wide; only the token rows that captions use, one more row for all other words | prompts |
+| unet.safetensors | UNetModel, 64 channels, two levels (16x16, 8x8), self- and cross-attention at both and in the middle, eps-prediction | MODEL |
+| unet_weak.safetensors | the same network early in its training | guidance with a weaker sibling |
+| reader.safetensors | convolutions; factors, face geometry, 512-d identity | measuring |
+
+## Recipe
+
+`python models/lab/train.py all --compile`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices and
+convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
+Text: first taught to name the factors of a caption, then trained with the UNet for the first eighth, then frozen.
+UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
+noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with
+random omissions, order and unknown words. Reader: pairs of pictures of one face; renders, degraded renders, and
+reconstructions from noisy latents.
+
+| stage | steps | samples | minutes | last logged |
+|---|---|---|---|---|
+{stages}
+
+## Figures
+
+VAE on 256 held-out renders: PSNR {vae[psnr]} dB on average, {vae[psnr_min]} dB at worst.
+A {steps}-step picture at CFG {cfg} took {seconds} s with one CPU thread, text encoding and decoding included.
+
+Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose factor the reader finds in the sample
+(euler, normal, {steps} steps, CFG {cfg}). Mean {mean[unet]:.3f}; the weaker sibling {mean[unet-weak]:.3f} (one noise).
+Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
+that show the factor as prompted / as hidden.
+
+| factor | chance | reader, renders | reader, reconstructions | prompt hits | weaker sibling | leak: prompted / hidden |
+|---|---|---|---|---|---|---|
+{rows}
+
+Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {faces[renders]} on renders,
+{faces[reconstructions]} on reconstructions. R2 of the geometry (face aspect, eye spacing, eye size, nose length, mouth
+width, brow angle): renders {r2[renders]}; reconstructions {r2[reconstructions]}.
+"""

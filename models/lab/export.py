@@ -15,8 +15,7 @@ def _half(weights):
 
 
 def vae(work, out):
-    state = common.restore(work / "decoder.ckpt") or common.restore(work / "vae.ckpt")
-    save_file(_half(state["average"]), out / "vae.safetensors")
+    save_file(_half(common.restore(work / "vae.ckpt")["average"]), out / "vae.safetensors")
 
 
 def unet(work, out, which, checkpoint):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from math import cos, pi, radians, sin
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-SIZE = 128
-SUPERSAMPLE = 2  # drawn at 256 px and box-filtered down
+from .canvas import INK, SIZE, SUPERSAMPLE, Canvas, arc, box, mix
+
 BLOCK = 4  # side of a "pixel" style block; divides the 8 px grid of the VAE
 
 FACTORS = {
@@ -43,7 +43,7 @@ BACKDROP = {  # lighter than any hair, so that the hair always stands out
     "pink": (252, 152, 192), "orange": (250, 146, 54), "green": (146, 216, 132),
     "blue": (124, 188, 255), "purple": (178, 122, 228), "white": (244, 244, 244),
 }
-INK, WHITE, GOLD, WOOL, FELT = (22, 20, 26), (250, 250, 250), (252, 204, 28), (0, 150, 150), (36, 32, 44)
+WHITE, GOLD, WOOL, FELT = (250, 250, 250), (252, 204, 28), (0, 150, 150), (36, 32, 44)
 BACKGROUND, HEAD_SKIN, HAIR_ON, HAT_ON, BODY = range(5)  # values of the label map
 
 
@@ -96,80 +96,40 @@ class Portrait:
         return [getattr(self, name) for name in GEOMETRY]
 
 
-def mix(a, b, t):
-    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
-
-
-class Canvas:
-    """Draws shapes into a picture and, with the same pixels, into a label map. Coordinates are in 128 px units."""
-
-    def __init__(self, outline):
-        size = (SIZE * SUPERSAMPLE,) * 2
-        self.picture, self.labels = Image.new("RGB", size), Image.new("L", size, BACKGROUND)
-        self.pens = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.labels)
-        self.outline = outline
-
-    def fill(self, label, colour, *shapes, outline=True):
-        """Fill the union of `shapes`; the comic style inks the rim of the union first."""
-        for grow, ink in ((self.outline, INK), (0, colour)):
-            if ink is colour or (outline and grow):
-                for kind, *spec in shapes:
-                    for pen, value in zip(self.pens, (ink, label), strict=True):
-                        getattr(self, "_" + kind)(pen, value, grow, *spec)
-
-    def _ellipse(self, pen, value, grow, x, y, rx, ry):
-        k, rx, ry = SUPERSAMPLE, rx + grow, ry + grow
-        pen.ellipse([(x - rx) * k, (y - ry) * k, (x + rx) * k, (y + ry) * k], fill=value)
-
-    def _polygon(self, pen, value, grow, points):
-        pen.polygon([(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points], fill=value)
-        if grow:
-            self._line(pen, value, grow, 0, [*points, points[0]])
-
-    def _line(self, pen, value, grow, width, points):
-        width = (width + 2 * grow) * SUPERSAMPLE
-        points = [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points]
-        pen.line(points, fill=value, width=round(width), joint="curve")
-        for x, y in (points[0], points[-1]):
-            pen.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=value)
-
-
-def arc(x, y, rx, ry, start, end, steps=10):
-    """Points of an elliptic arc; angles in degrees, clockwise from the right as in Pillow."""
-    angles = [radians(start + (end - start) * i / steps) for i in range(steps + 1)]
-    return [(x + rx * cos(a), y + ry * sin(a)) for a in angles]
-
-
 def draw_background(canvas, p):
     base = BACKDROP[p.background]
-    shade = mix(base, (0, 0, 0), 0.3)
-    canvas.fill(BACKGROUND, base, ("polygon", [(0, 0), (SIZE, 0), (SIZE, SIZE), (0, SIZE)]), outline=False)
-    cells = [(i, j) for i in range(8) for j in range(8)]
+    canvas.mark(BACKGROUND, base, box(0, 0, SIZE, SIZE))
+    cells = [(16 * i, 16 * j) for i in range(8) for j in range(8)]
     shapes = {
         "plain": [],
-        "striped": [("polygon", [(x, 0), (x + 7.4, 0), (x + 7.4, SIZE), (x, SIZE)]) for x in range(0, SIZE, 16)],
-        "dotted": [("ellipse", 16 * i + 8, 16 * j + 8, 5, 5) for i, j in cells],
-        "checkered": [
-            ("polygon", [(16 * i, 16 * j), (16 * i + 15.4, 16 * j), (16 * i + 15.4, 16 * j + 15.4), (16 * i, 16 * j + 15.4)])
-            for i, j in cells if (i + j) % 2
-        ],
+        "striped": [box(x, 0, x + 7.4, SIZE) for x in range(0, SIZE, 16)],
+        "dotted": [("ellipse", x + 8, y + 8, 5, 5) for x, y in cells],
+        "checkered": [box(x, y, x + 15.4, y + 15.4) for x, y in cells if (x + y) % 32],
     }[p.pattern]
-    canvas.fill(BACKGROUND, shade, *shapes, outline=False)
+    canvas.mark(BACKGROUND, mix(base, (0, 0, 0), 0.3), *shapes)
 
 
 def draw_hair_back(canvas, p, x, y, rx, ry):
+    def spike(a):
+        foot, tip = (rx - 2, ry - 8), (rx + 19, ry + 7)
+        at = ((a - 0.24, foot), (a, tip), (a + 0.24, foot))
+        return ("polygon", [(x + w * cos(b), y - 8 + h * sin(b)) for b, (w, h) in at])
+
+    def around(start, span):
+        return [pi * (start + span * i / 8) for i in range(9)]
+
+    cap = ("ellipse", x, y - 8, rx + 4, ry - 4)
     shapes = {
-        "short": [("ellipse", x, y - 8, rx + 4, ry - 4)],
-        "long": [("ellipse", x, y - 6, rx + 10, ry + 2),
-                 ("polygon", [(x - rx - 10, y - 8), (x + rx + 10, y - 8), (x + rx + 13, 120), (x - rx - 13, 120)])],
-        "curly": [("ellipse", x + (rx + 3) * cos(a), y - 9 + (ry - 3) * sin(a), 11.5, 11.5)
-                  for a in [pi * (0.92 + 1.16 * i / 8) for i in range(9)]],
-        "pigtails": [("ellipse", x, y - 8, rx + 4, ry - 4),
-                     *[("ellipse", x + s * (rx + 12), y + dy, 9.5, 15) for s in (-1, 1) for dy in (6, 18)]],
-        "spiky": [("polygon", [(x + (rx - 2) * cos(a - 0.24), y - 8 + (ry - 8) * sin(a - 0.24)),
-                               (x + (rx + 19) * cos(a), y - 8 + (ry + 7) * sin(a)),
-                               (x + (rx - 2) * cos(a + 0.24), y - 8 + (ry - 8) * sin(a + 0.24))])
-                  for a in [pi * (0.98 + 1.04 * i / 8) for i in range(9)]] + [("ellipse", x, y - 8, rx + 3, ry - 5)],
+        "short": [cap],
+        "long": [
+            ("ellipse", x, y - 6, rx + 10, ry + 2),
+            ("polygon", [(x - rx - 10, y - 8), (x + rx + 10, y - 8), (x + rx + 13, 120), (x - rx - 13, 120)]),
+        ],
+        "curly": [
+            ("ellipse", x + (rx + 3) * cos(a), y - 9 + (ry - 3) * sin(a), 11.5, 11.5) for a in around(0.92, 1.16)
+        ],
+        "pigtails": [cap, *(("ellipse", x + s * (rx + 12), y + dy, 9.5, 15) for s in (-1, 1) for dy in (6, 18))],
+        "spiky": [*(spike(a) for a in around(0.98, 1.04)), ("ellipse", x, y - 8, rx + 3, ry - 5)],
     }[p.hair_style]
     canvas.fill(HAIR_ON, HAIR[p.hair_color], *shapes)
 
@@ -177,8 +137,8 @@ def draw_hair_back(canvas, p, x, y, rx, ry):
 def draw_hair_front(canvas, p, x, y, rx, ry):
     """A fringe over the forehead; the whole hairline keeps clear of the brows."""
     low = y - 0.5 * ry
-    canvas.fill(HAIR_ON, HAIR[p.hair_color],
-                ("polygon", arc(x, y, rx + 1.5, ry + 1.5, 208, 332) + arc(x, low - 4, rx * 0.8, 7, 0, -180)))
+    fringe = arc(x, y, rx + 1.5, ry + 1.5, 208, 332) + arc(x, low - 4, rx * 0.8, 7, 0, -180)
+    canvas.fill(HAIR_ON, HAIR[p.hair_color], ("polygon", fringe))
 
 
 def draw_body(canvas, p, x):
@@ -193,13 +153,15 @@ def draw_eyes(canvas, p, x, y, spacing, skin):
     for s in (-1, 1):
         ex = x + s * spacing
         canvas.fill(HEAD_SKIN, WHITE, ("ellipse", ex, y, 7.2 * size, 6.8 * size))
-        canvas.fill(HEAD_SKIN, INK, ("ellipse", ex, y + (1.5 if sad else 0), *(2 * [2.4 if surprised else 3.9 * size])), outline=False)
+        pupil = 2.4 if surprised else 3.9 * size
+        canvas.mark(HEAD_SKIN, INK, ("ellipse", ex, y + (1.5 if sad else 0), pupil, pupil))
         if angry or sad:  # the upper lid, slanted inwards when angry and outwards when sad
             tilt = 5.0 * s * (-1 if sad else 1)
-            top, low = y - 8.5 * size, y - 2.5 * size
-            canvas.fill(HEAD_SKIN, skin, ("polygon", [(ex - 9, top - 1), (ex + 9, top - 1), (ex + 9, low - tilt), (ex - 9, low + tilt)]), outline=False)
+            top, low = y - 8.5 * size - 1, y - 2.5 * size
+            lid = [(ex - 9, top), (ex + 9, top), (ex + 9, low - tilt), (ex - 9, low + tilt)]
+            canvas.mark(HEAD_SKIN, skin, ("polygon", lid))
         if p.expression == "happy":  # the lower lid pushed up by the cheeks
-            canvas.fill(HEAD_SKIN, skin, ("ellipse", ex, y + 9.5 * size, 9 * size, 6 * size), outline=False)
+            canvas.mark(HEAD_SKIN, skin, ("ellipse", ex, y + 9.5 * size, 9 * size, 6 * size))
         if sad:
             canvas.fill(HEAD_SKIN, (60, 170, 250), ("ellipse", ex + 2 * s, y + 12, 3.2, 5.2))
 
@@ -211,7 +173,8 @@ def draw_brows(canvas, p, x, y, spacing):
     for s in (-1, 1):
         cx, cy, dx, dy = x + s * spacing, y - 12.5 + lift, 8.5 * cos(angle), 8.5 * sin(angle)
         bend = 3 if p.expression in ("happy", "surprised") else 0
-        canvas.fill(HEAD_SKIN, colour, ("line", 4.2, [(cx - s * dx, cy + dy), (cx, cy - bend), (cx + s * dx, cy - dy)]), outline=False)
+        points = [(cx - s * dx, cy + dy), (cx, cy - bend), (cx + s * dx, cy - dy)]
+        canvas.mark(HEAD_SKIN, colour, ("line", 4.2, points))
 
 
 def draw_mouth(canvas, p, x, y, skin):
@@ -220,18 +183,19 @@ def draw_mouth(canvas, p, x, y, skin):
     inside = (96, 10, 30)
     if p.expression == "happy":
         canvas.fill(HEAD_SKIN, lip, ("polygon", arc(x, y - 5, w + 2, 17, 0, 180)))
-        canvas.fill(HEAD_SKIN, inside, ("polygon", arc(x, y - 3, w - 2, 12, 0, 180)), outline=False)
-        canvas.fill(HEAD_SKIN, WHITE, ("polygon", [(x - w + 3, y - 3), (x + w - 3, y - 3), (x + w - 5, y + 2), (x - w + 5, y + 2)]), outline=False)
+        canvas.mark(HEAD_SKIN, inside, ("polygon", arc(x, y - 3, w - 2, 12, 0, 180)))
+        teeth = [(x - w + 3, y - 3), (x + w - 3, y - 3), (x + w - 5, y + 2), (x - w + 5, y + 2)]
+        canvas.mark(HEAD_SKIN, WHITE, ("polygon", teeth))
     elif p.expression == "sad":
         canvas.fill(HEAD_SKIN, lip, ("line", 5.5, arc(x, y + 9, w * 0.9, 11, 190, 350)))
     elif p.expression == "angry":
         w *= 0.9
-        canvas.fill(HEAD_SKIN, lip, ("polygon", [(x - w, y - 6), (x + w, y - 6), (x + w, y + 8), (x - w, y + 8)]))
-        canvas.fill(HEAD_SKIN, WHITE, ("polygon", [(x - w + 2.5, y - 3.5), (x + w - 2.5, y - 3.5), (x + w - 2.5, y + 5.5), (x - w + 2.5, y + 5.5)]), outline=False)
-        canvas.fill(HEAD_SKIN, inside, ("line", 1.6, [(x - w + 3, y + 1), (x + w - 3, y + 1)]), outline=False)
+        canvas.fill(HEAD_SKIN, lip, box(x - w, y - 6, x + w, y + 8))
+        canvas.mark(HEAD_SKIN, WHITE, box(x - w + 2.5, y - 3.5, x + w - 2.5, y + 5.5))
+        canvas.mark(HEAD_SKIN, inside, ("line", 1.6, [(x - w + 3, y + 1), (x + w - 3, y + 1)]))
     else:
         canvas.fill(HEAD_SKIN, lip, ("ellipse", x, y + 1, w * 0.6 + 2, 11.5))
-        canvas.fill(HEAD_SKIN, inside, ("ellipse", x, y + 1, w * 0.6 - 2, 8), outline=False)
+        canvas.mark(HEAD_SKIN, inside, ("ellipse", x, y + 1, w * 0.6 - 2, 8))
 
 
 def draw_glasses(canvas, p, x, y, spacing):
@@ -239,10 +203,10 @@ def draw_glasses(canvas, p, x, y, spacing):
     r = 12.5
     for s in (-1, 1):
         ex = x + s * max(spacing, 14.5)
-        canvas.fill(HEAD_SKIN, INK, ("ellipse", ex, y, r + 1.7, r + 1.2), outline=False)
-        canvas.fill(HEAD_SKIN, mix(SKIN[p.skin], (200, 240, 255), 0.75), ("ellipse", ex, y, r - 1.7, r - 2.2), outline=False)
-        canvas.fill(HEAD_SKIN, INK, ("line", 3, [(ex + s * r, y - 2), (ex + s * (r + 6), y - 4)]), outline=False)
-    canvas.fill(HEAD_SKIN, INK, ("line", 3.4, [(x - 3, y - 3), (x + 3, y - 3)]), outline=False)
+        canvas.mark(HEAD_SKIN, INK, ("ellipse", ex, y, r + 1.7, r + 1.2))
+        canvas.mark(HEAD_SKIN, mix(SKIN[p.skin], (200, 240, 255), 0.75), ("ellipse", ex, y, r - 1.7, r - 2.2))
+        canvas.mark(HEAD_SKIN, INK, ("line", 3, [(ex + s * r, y - 2), (ex + s * (r + 6), y - 4)]))
+    canvas.mark(HEAD_SKIN, INK, ("line", 3.4, [(x - 3, y - 3), (x + 3, y - 3)]))
 
 
 def draw_hat(canvas, p, x, y, rx, ry):
@@ -253,14 +217,14 @@ def draw_hat(canvas, p, x, y, rx, ry):
         canvas.fill(HAT_ON, WHITE, ("line", 8, [(x - rx, brim - 2), (x + rx, brim - 2)]))
     elif p.hat == "top hat":
         canvas.fill(HAT_ON, FELT, ("polygon", [(x - 25, 2), (x + 25, 2), (x + 23, brim), (x - 23, brim)]))
-        canvas.fill(HAT_ON, (216, 40, 48), ("polygon", [(x - 23, brim - 11), (x + 23, brim - 11), (x + 23, brim - 3), (x - 23, brim - 3)]), outline=False)
+        canvas.mark(HAT_ON, (216, 40, 48), box(x - 23, brim - 11, x + 23, brim - 3))
         canvas.fill(HAT_ON, FELT, ("line", 6, [(x - rx - 7, brim), (x + rx + 7, brim)]))
     elif p.hat == "crown":
         w, points = 26, []
         for i in range(5):
             points += [(x - w + 13 * i, 7), (x - w + 13 * i + 6.5, 22)]
         canvas.fill(HAT_ON, GOLD, ("polygon", [(x - w, brim), *points[:-1], (x + w, brim)]))
-        canvas.fill(HAT_ON, (226, 30, 60), *[("ellipse", x + 15 * i, brim - 7, 3.6, 3.6) for i in (-1, 0, 1)], outline=False)
+        canvas.mark(HAT_ON, (226, 30, 60), *[("ellipse", x + 15 * i, brim - 7, 3.6, 3.6) for i in (-1, 0, 1)])
 
 
 def paint(p):
@@ -274,7 +238,8 @@ def paint(p):
     draw_background(canvas, p)
     draw_hair_back(canvas, p, x, y, rx, ry)
     draw_body(canvas, p, x)
-    canvas.fill(HEAD_SKIN, skin, *[("ellipse", x + s * rx, y + 3, 5.5, 8) for s in (-1, 1)], ("ellipse", x, y, rx, ry))
+    ears = [("ellipse", x + s * rx, y + 3, 5.5, 8) for s in (-1, 1)]
+    canvas.fill(HEAD_SKIN, skin, *ears, ("ellipse", x, y, rx, ry))
     draw_hair_front(canvas, p, x, y, rx, ry)
     if p.glasses == "glasses":
         draw_glasses(canvas, p, x, eyes, spacing)
@@ -282,7 +247,8 @@ def paint(p):
     draw_eyes(canvas, p, x, eyes, spacing, lid)
     draw_brows(canvas, p, x, eyes, spacing)
     tip = eyes + 12 + 4.5 * p.nose_length
-    canvas.fill(HEAD_SKIN, shade, ("polygon", [(x - 1.5, eyes), (x + 1.5, eyes), (x + 6, tip), (x, tip + 2.5), (x - 6, tip)]), outline=False)
+    nose = [(x - 1.5, eyes), (x + 1.5, eyes), (x + 6, tip), (x, tip + 2.5), (x - 6, tip)]
+    canvas.mark(HEAD_SKIN, shade, ("polygon", nose))
     draw_mouth(canvas, p, x, y + 25, skin)
     draw_hat(canvas, p, x, y, rx, ry)
     return canvas.picture, canvas.labels

@@ -52,8 +52,7 @@ def build_reconstructions(work):
     path = work / "pairs-vae.npy"
     if not path.exists():
         model, pairs = vae.network(), build(work)
-        state = common.restore(work / "decoder.ckpt") or common.restore(work / "vae.ckpt")
-        model.load_state_dict(state["average"])
+        model.load_state_dict(common.restore(work / "vae.ckpt")["average"])
         blocks = [pairs[i : i + 8].reshape(-1, SIZE, SIZE, 3) for i in range(0, THROUGH_VAE, 8)]
         out = [reconstruct(model, block, 0.15) for block in tqdm(blocks, desc="pairs-vae", mininterval=5)]
         np.save(path, np.concatenate(out).reshape(-1, 2, SIZE, SIZE, 3))

@@ -8,7 +8,8 @@ from comfy.clip_model import CLIPTextModel_
 from comfy.ldm.modules.attention import attention_basic
 from comfy.ops import disable_weight_init
 
-from .captions import phrases, random_phrases
+from . import common
+from .captions import parse, phrases, random_phrases
 from .load import TEXT, LabSDTokenizer
 from .portrait import FACTORS, Portrait
 
@@ -23,7 +24,6 @@ class Vocabulary:
         self.tokenizer = LabSDTokenizer()
         self.cache = {}
         captions = [f", {part}" for seed in range(2000) for part in phrases(Portrait.from_seed(seed))]
-        captions += [f", {part}" for p in (Portrait.from_seed(s) for s in range(2000)) for n in FACTORS for part in phrases(p, [n])]
         self.ids = sorted({i for text in set(captions) for i in self._ids(text)} | {self.start, self.end})
         self.rows = {i: row for row, i in enumerate(self.ids)}
 
@@ -82,39 +82,44 @@ class Encoder(torch.nn.Module):
         return host.final_layer_norm(x)
 
 
-def pretrain(encoder, vocabulary, optimiser_of, steps=400, batch=128, seed=0):
-    """Teach the encoder its words before the UNet listens: the end token must tell every factor named, or "unsaid".
+def train(work, steps=500, batch=128, lr=2e-3, seed=0):
+    """Stage "text": teach the encoder its words before the UNet listens -> `work`/text.ckpt.
 
-    Returns the last accuracy. A minute here spares the UNet from learning language from noisy pictures.
+    The end token must tell the value of every factor the caption names, or that it is unsaid. A minute or two here
+    spare the UNet from learning language from noisy pictures; both are trained on together afterwards.
     """
-    rng = random.Random(seed)
+    path = work / "text.ckpt"
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    rng, vocabulary, device = random.Random(seed), Vocabulary(), common.device()
+    encoder = Encoder(len(vocabulary.ids) + 1).to(device)
     sizes = [len(values) + 1 for values in FACTORS.values()]
-    head = torch.nn.Linear(TEXT["hidden_size"], sum(sizes)).to(next(encoder.parameters()).device)
-    optimiser = optimiser_of([("head." + k, p) for k, p in head.named_parameters()])
-    accuracy = 0.0
-    for step in range(steps):
+    head = torch.nn.Linear(TEXT["hidden_size"], sum(sizes)).to(device)
+    named = [*encoder.named_parameters(), *((f"head.{k}", p) for k, p in head.named_parameters())]
+    optimiser = common.Muon(*common.split(named, ("embedding", "head.")), lr=lr)
+    log = common.Log("text", steps, batch=batch)
+    for step in range(1, steps + 1):
         portraits = [Portrait.from_seed(rng.randrange(2**31)) for _ in range(batch)]
         parts = [random_phrases(p, rng, FOREIGN) for p in portraits]
-        rows = torch.tensor([vocabulary.encode(p) for p in parts]).to(encoder.causal.device)
-        targets = torch.tensor([labels(p, part) for p, part in zip(portraits, parts, strict=True)]).to(rows.device)
+        rows = torch.tensor([vocabulary.encode(p) for p in parts]).to(device)
+        targets = torch.tensor([labels(part) for part in parts]).to(device)
         lengths = (rows != vocabulary.rows[vocabulary.end]).sum(1)
-        with torch.autocast(rows.device.type, torch.bfloat16):
-            states = encoder(rows)
-            logits = head(states[torch.arange(batch), lengths]).float().split(sizes, 1)
+        with common.autocast():
+            logits = head(encoder(rows)[torch.arange(batch), lengths]).float().split(sizes, 1)
         loss = sum(F.cross_entropy(x, targets[:, i]) for i, x in enumerate(logits)) / len(sizes)
+        optimiser.set_rate(lr * common.schedule(step / (steps + 1), warm=0.04))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 3 * (1 - step / steps))
         optimiser.step()
-        hits = torch.stack([x.argmax(1) == targets[:, i] for i, x in enumerate(logits)]).float()
-        accuracy = 0.9 * accuracy + 0.1 * hits.mean().item()
-    return accuracy
+        log.tick(step)
+        if step % 50 == 0:
+            right = torch.stack([x.argmax(1) == targets[:, i] for i, x in enumerate(logits)]).float().mean()
+            log.write(step, loss=loss.item(), accuracy=right.item())
+    common.save(path, model=encoder.state_dict())
 
 
-def labels(portrait, parts):
+def labels(parts):
     """Index of each factor the caption names; one past the last value where it is left unsaid."""
-    from .captions import parse
-
     said = parse(", ".join(parts))
     return [values.index(said[name]) if name in said else len(values) for name, values in FACTORS.items()]

@@ -7,7 +7,7 @@ import torch
 from . import common, latents
 from .load import unet_model
 from .portrait import Portrait
-from .text import Encoder, Vocabulary, pretrain
+from .text import Encoder, Vocabulary
 
 
 def network(stats, **changes):
@@ -20,6 +20,7 @@ def network(stats, **changes):
             torch.nn.init.zeros_(p)
         else:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    base.diffusion_model.requires_grad_(True)
     return base.to(common.device())
 
 

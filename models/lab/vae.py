@@ -1,12 +1,7 @@
-"""Stage "vae": the host's TAESD architecture (8x, 4 channels) trained on 64x64 crops of the world.
-
-The decoder can be trained on after the encoder is frozen: latents, and all that is trained on them, stay valid.
-"""
+"""Stage "vae": the host's TAESD architecture (8x, 4 channels) trained on 64x64 crops of the world."""
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 from . import common, data
 
@@ -44,71 +39,52 @@ def psnr(model, pictures):
     return float(np.mean(values)), min(values)
 
 
-def loss_of(model, x, noise, frozen):
+def loss_of(model, x, noise=0.05):
+    """L1, L2 and edge error in [0, 1] units; latents get noise and are kept inside the decoder's tanh."""
     with common.autocast():
-        with torch.set_grad_enabled(not frozen):
-            z = model.encode(x).float()
+        z = model.encode(x).float()
         spread = torch.rand(len(z), 1, 1, 1, device=z.device) * noise
         y = model.decode(z + spread * torch.randn_like(z)).float()
     error = (y - x) / 2
-    edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
+    edges = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
     outside = (z.abs() - 2.5).relu().square().mean()
     return error.abs().mean() + 10 * error.square().mean() + 0.25 * edges + outside
 
 
-def train(work, steps, batch, lr, seed, decoder_only=False, budget=None):
-    """Train to `steps` (or for `budget` seconds); resumes from `work`/vae.ckpt. Data-parallel under torchrun."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    name = "decoder" if decoder_only else "vae"
-    path, model = work / f"{name}.ckpt", network()
-    state = common.restore(path)
-    if decoder_only and state is None:
-        model.load_state_dict(common.restore(work / "vae.ckpt")["average"])
-    model.taesd_encoder.requires_grad_(not decoder_only)
-    model.vae_scale.requires_grad_(False)
-    model.vae_shift.requires_grad_(False)
+def train(work, budget, batch=16, lr=2e-3, seed=0):
+    """Train until `budget` seconds of training have been spent in all; resumes from `work`/vae.ckpt."""
+    path, model = work / "vae.ckpt", network()
     torch.manual_seed(seed)
+    state = common.restore(path)
     if state:
         model.load_state_dict(state["model"])
     average = common.Average(model, 0.998)
-    trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
-    ends = ("taesd_encoder.0.", "taesd_encoder.14.", "taesd_decoder.1.", "taesd_decoder.18.")
-    optimiser = common.Muon(*common.split(trained, ends), lr=lr)
+    ends = ("vae_", "taesd_encoder.0.", "taesd_encoder.14.", "taesd_decoder.1.", "taesd_decoder.18.")
+    optimiser = common.Muon(*common.split(model.named_parameters(), ends), lr=lr)
+    model.vae_scale.requires_grad_(False)
+    model.vae_shift.requires_grad_(False)
     step = seconds = 0
     if state:
         optimiser.load_state_dict(state["optimiser"])
         average.shadow, average.steps, step, seconds = state["average"], state["step"], state["step"], state["seconds"]
     images, test = data.images(work), data.held_out(64)[1]
-    rng = np.random.default_rng([seed, rank, step])
-    log = common.Log(name, steps, step, batch * world, seconds) if rank == 0 else None
-    while step < steps:
-        progress = torch.tensor(max(step / steps, (log.seconds / budget if budget and log else 0)))
-        if world > 1:
-            dist.broadcast(progress, 0)
-        if progress >= 1:
-            break
-        optimiser.set_rate(lr * common.schedule(float(progress), hold=0.3))
+    rng = np.random.default_rng([seed, step])
+    log = common.Log("vae", round(budget), round(seconds), batch, seconds)
+    while log.seconds < budget:
         x = data.to_tensor(crops(images, rng, batch), common.device()).contiguous(memory_format=torch.channels_last)
+        optimiser.set_rate(lr * common.schedule(log.seconds / budget, hold=0.3))
         optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(model, x, 0.05, decoder_only)
+        loss = loss_of(model, x)
         loss.backward()
-        if world > 1:
-            gradients = [p.grad for _, p in trained]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                g.copy_(part.view(g.shape) / world)
         optimiser.step()
         average.update(model)
         step += 1
-        if rank == 0:
-            log.tick(step)
-            if step % 50 == 0:
-                log.write(step, loss=loss.item())
-            if step % 250 == 0 or step == steps:
-                save(path, model, average, optimiser, step, log, test)
-    if rank == 0:
-        save(path, model, average, optimiser, step, log, test)
+        log.tick(round(log.seconds))
+        if step % 50 == 0:
+            log.write(step, loss=loss.item())
+        if step % 250 == 0:
+            save(path, model, average, optimiser, step, log, test)
+    save(path, model, average, optimiser, step, log, test)
 
 
 def save(path, model, average, optimiser, step, log, test):

@@ -1,0 +1,86 @@
+"""Trains the lab's models. Resumable: run the same command again and it goes on where it stopped.
+
+    python models/lab/train.py all                 every stage below, in this order
+    python models/lab/train.py data                draw the training portraits
+    python models/lab/train.py vae                 TAESD autoencoder
+    python models/lab/train.py latents             encode the portraits (--part I/N shares the work among processes)
+    python models/lab/train.py text                teach the text encoder its words
+    python models/lab/train.py reader              the reader, first on renders, then also through the VAE
+    python models/lab/train.py unet                Lab-UNet and the text encoder
+    python models/lab/train.py export              fp16 safetensors beside this file
+    python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
+
+Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
+learning rate at zero; the defaults are what the shipped weights were given on one core of a CPU with bf16 instructions.
+Weights of a stage and its optimiser lie in --work; the log is weights/training.csv.
+"""
+
+import argparse
+import importlib
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parents[2]
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "export", "eval")
+MINUTES = {"vae": 20.5, "unet": 97}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("--work", type=Path, default=ROOT / ".steer" / "lab", help="checkpoints and data (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help=f"training budget of vae or unet (default: {MINUTES})")
+    parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="batch of vae (16) or unet (48)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more than one only on an idle machine (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: 15%% faster on a CPU, needs a C++ compiler")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
+    parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
+    return parser.parse_args()
+
+
+def module(name):
+    return importlib.import_module(f"steer.models.lab.{name}")
+
+
+def run(stage, o):
+    if stage == "data":
+        module("data").build(o.work, o.images)
+    elif stage == "vae":
+        module("vae").train(o.work, 60 * (o.minutes or MINUTES["vae"]), o.batch or 16, seed=o.seed)
+    elif stage == "latents":
+        module("latents").build(o.work, tuple(int(n) for n in o.part.split("/")))
+    elif stage == "text":
+        module("text").train(o.work, seed=o.seed)
+    elif stage == "reader":
+        module("reading").train(o.work, 1500, name="reader-clean", seed=o.seed)
+        module("reading").train(o.work, 700, lr=1e-3, through_vae=0.5, start="reader-clean", seed=o.seed + 1)
+    elif stage == "unet":
+        module("unet").train(o.work, 60 * (o.minutes or MINUTES["unet"]), o.batch or 48, seed=o.seed, compiled=o.compile)
+    elif stage == "export":
+        weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
+        module("export").run(o.work, module("common").WEIGHTS, weak)
+    elif stage == "eval":
+        module("evaluate").write_card(module("common").WEIGHTS)
+
+
+def main():
+    o = arguments()
+    sys.path.append(str(ROOT / "tests"))
+    import host
+
+    host.enter()
+    host.boot()
+    package = sys.modules["steer"] = types.ModuleType("steer")  # the repository's root must never be on sys.path:
+    package.__path__ = [str(ROOT)]  # its folder `nodes` would shadow the host's nodes.py
+    import torch
+
+    torch.set_num_threads(o.threads)
+    for stage in STAGES if o.stage == "all" else (o.stage,):
+        run(stage, o)
+
+
+if __name__ == "__main__":
+    main()
