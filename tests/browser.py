@@ -55,7 +55,7 @@ class Server:
             self.close()
             raise
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=180):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

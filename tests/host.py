@@ -13,6 +13,7 @@ import asyncio
 import atexit
 import functools
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -178,7 +179,7 @@ def main_arguments(port, scratch):
     for kind in ("output", "input", "user"):
         (scratch / kind).mkdir(parents=True, exist_ok=True)
     config = scratch / "paths.yaml"
-    config.write_text(f"steer:\n  custom_nodes: {str(ROOT.parent)!r}\n", encoding="utf-8")
+    config.write_text(f"steer:\n  custom_nodes: {json.dumps(str(ROOT.parent))}\n", encoding="utf-8")
     arguments = ["--port", str(port), "--extra-model-paths-config", str(config),
                  "--disable-all-custom-nodes", "--whitelist-custom-nodes", ROOT.name, "--disable-api-nodes",
                  "--database-url", "sqlite:///:memory:", "--temp-directory", str(scratch)]

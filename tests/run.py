@@ -19,7 +19,8 @@ import host_setup
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--host", choices=[*host_setup.SDISTS, "all"], help="ComfyUI version to install and test on")
     options, for_pytest = parser.parse_known_args()
     if options.host:

@@ -24,6 +24,6 @@ def page(server):
     if executable is None:
         pytest.skip("needs Chromium or Chrome (Debian and Ubuntu: apt-get install chromium)")
     shown = browser.Browser(executable, server.url)
-    shown.wait("!!(window.app && window.app.graph && window.app.vueAppReady)")
+    shown.wait("!!(window.app && window.app.graph && window.app.vueAppReady)", seconds=180)
     yield shown
     shown.close()

@@ -50,9 +50,6 @@ class Node:
     def widget(self, name):
         return next((w for w in self.widgets if w.name == name), None)
 
-    def slot(self, name):
-        return next((s for s in self.slots if s.name == name), None)
-
 
 @dataclass(eq=False)
 class Graph:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 WIDGET_TYPES = {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO", "MARKDOWN", "IMAGEUPLOAD", "COLOR", "IMAGECOMPARE",
                 "BOUNDING_BOX", "CHART", "GALLERIA", "PAINTER", "TEXTAREA", "CURVE", "RANGE", "BOUNDING_BOXES",
                 "COLORS", "COMFY_DYNAMICCOMBO_V3"}
-PLAIN_DEFAULTS = {"INT": 0, "FLOAT": 0, "BOOLEAN": False, "STRING": "", "TEXTAREA": "", "MARKDOWN": ""}
+PLAIN_DEFAULTS = {"INT": 0, "FLOAT": 0, "BOOLEAN": False, "STRING": "", "TEXTAREA": "", "MARKDOWN": "",
+                  "IMAGECOMPARE": ["", ""]}
 
 # Nodes whose file name may ask for dates and for values of other nodes: %date:yyyy-MM-dd%, %KSampler.seed%.
 SAVE_NODES = {"SaveImage", "SaveImageAdvanced", "SaveSVGNode", "SaveVideo", "SaveAnimatedWEBP", "SaveWEBM", "SaveAudio",
