@@ -124,6 +124,7 @@ def boot():
     if not has_accelerator(torch):
         args.cpu = True
     import folder_paths
+    import utils.extra_config  # noqa: F401 - before nodes, as in main.py: older ones put comfy/, with a utils.py, first
 
     scratch = tempfile.mkdtemp(prefix="steer-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
