@@ -25,5 +25,14 @@ def page(server):
         pytest.skip("needs Chromium or Chrome (Debian and Ubuntu: apt-get install chromium)")
     shown = browser.Browser(executable, server.url)
     shown.wait("!!(window.app && window.app.graph && window.app.vueAppReady)", seconds=180)
+    settle(shown)
     yield shown
     shown.close()
+
+
+def settle(page):
+    """Waits until the page says nothing new: its default workflow asks for models that it may not look up."""
+    heard = -1
+    while heard < len(page.console):
+        heard = len(page.console)
+        page.evaluate("new Promise(done => setTimeout(done, 1500))")

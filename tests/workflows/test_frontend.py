@@ -15,6 +15,30 @@ RED_NODES = """JSON.stringify([app.graph, ...app.graph.subgraphs.values()].flatM
     .map(node => `${node.id} ${node.type}`))"""
 
 
+def same(workflow, prompt, converted):
+    """Whether two prompts are one. A node that the file does not name has the name of the page's translation there and
+    of the host's definition here; the host ignores it."""
+    levels = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    named = {node.get("title") for level in levels for node in level["nodes"]}
+
+    def told(whole):
+        return {node_id: {**entry, "_meta": entry["_meta"]["title"] if entry["_meta"]["title"] in named else None}
+                for node_id, entry in whole.items()}
+
+    assert told(converted) == told(prompt)
+    return True
+
+
+def skip_unless_known(workflow):
+    """Older hosts lack some of the nodes."""
+    levels = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    own = {level.get("id") for level in levels} | {"Reroute", "PrimitiveNode", "Note", "MarkdownNote"}
+    kinds = {node["type"] for level in levels for node in level["nodes"] if node.get("mode", 0) == 0} - own
+    missing = sorted(kind for kind in kinds if host.definition(kind) is None)
+    if missing:
+        pytest.skip(f"this host has no {', '.join(missing)}")
+
+
 def load(page, path):
     """Shows a workflow and returns (its content, the prompt the page would send, what the console said)."""
     page.evaluate(SETTLED)
@@ -37,16 +61,17 @@ def test_shipped_workflow(page, path):
     workflow, prompt, console = load(page, path)
     assert console == []
     assert json.loads(page.evaluate(RED_NODES)) == []
-    assert convert(workflow, host.definition) == prompt
+    assert same(workflow, prompt, convert(workflow, host.definition))
     assert page.evaluate("document.querySelectorAll('.p-dialog, .p-toast-message-error').length") == 0
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 def test_conversion_equals_the_page(page, path):
     """Also that of the file which the page then saves: often another form with the same meaning."""
+    skip_unless_known(json.loads(path.read_text(encoding="utf-8")))
     workflow, prompt, console = load(page, path)
     assert console == []
-    assert convert(workflow, host.definition) == prompt
+    assert same(workflow, prompt, convert(workflow, host.definition))
     assert len(prompt) > 2
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
-    assert convert(saved, host.definition) == prompt
+    assert same(saved, prompt, convert(saved, host.definition))
