@@ -26,17 +26,23 @@ def tensor(pictures):
 
 def conditioning(clip, prompts):
     """One CONDITIONING whose batch holds one prompt per picture."""
-    return [[torch.cat([clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in prompts]), {}]]
+    return [[torch.cat([clip.encode_from_tokens(clip.tokenize(text)) for text in prompts]), {}]]
 
 
-@torch.inference_mode()
-def sample(models, prompts, seed, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal"):
-    """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler would make them from `latent` or an empty one."""
+def sample(models, prompts, seed, **options):
+    """`sample_noise` from the noise of a seed."""
+    noise = torch.randn(len(prompts), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
+    return sample_noise(models, prompts, noise, **options)
+
+
+@torch.no_grad()
+def sample_noise(models, prompts, noise, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal"):
+    """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler makes them from `latent` or an empty one."""
     model, clip, decoder = models
-    latent = torch.zeros(len(prompts), 4, SIZE // 8, SIZE // 8) if latent is None else latent
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    latent = torch.zeros_like(noise) if latent is None else latent
     conds = conditioning(clip, prompts), conditioning(clip, [""])
-    out = comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, *conds, latent, denoise=1.0, seed=seed, disable_pbar=True)
+    run = dict(steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler, seed=0, disable_pbar=True)
+    out = comfy.sample.sample(model, noise, positive=conds[0], negative=conds[1], latent_image=latent, **run)
     return decoder.decode(out).movedim(-1, 1).float()
 
 
@@ -64,10 +70,10 @@ def leak(reader, models, count=48):
     """Hide an unrelated picture's latent under the full starting noise. Where it and the prompt differ in a factor,
     which of the two does the sample show? {factor: (share as prompted, share as hidden)}."""
     prompted, hidden = data.held_out(count, 2000)[0], data.held_out(count, 3000)
-    latent = models[2].encode((torch.from_numpy(hidden[1]).float() / 255))
-    made = sample(models, [caption(p) for p in prompted], 7, latent)
+    latent = models[2].encode(torch.from_numpy(hidden[1]).float() / 255)
+    made = sample(models, [caption(p) for p in prompted], 7, latent=latent)
     as_said, as_hidden = hits(reader, made, prompted), hits(reader, made, hidden[0])
-    differ = torch.tensor([[a != b for a, b in zip(p.indices, h.indices, strict=True)] for p, h in zip(prompted, hidden[0], strict=True)])
+    differ = torch.tensor([p.indices for p in prompted]) != torch.tensor([p.indices for p in hidden[0]])
     count = differ.sum(0).clamp(min=1)
     said, shown = table((as_said & differ).sum(0) / count), table((as_hidden & differ).sum(0) / count)
     return {name: (said[name], shown[name]) for name in FACTORS}
@@ -83,23 +89,24 @@ def auc(positive, negative):
 def reader_report(reader, count=1000):
     """Accuracies on held-out renders and reconstructions, geometry R2, and identity verification on unseen faces."""
     portraits, pictures = data.held_out(count)
-    rebuilt = reconstruct(_taesd(), pictures)
+    rebuilt = reconstruct(taesd(), pictures)
     report = {}
     for name, x in (("renders", pictures), ("reconstructions", rebuilt)):
-        batches = [reader(tensor(x[i : i + 100])) for i in range(0, count, 100)]
-        correct = torch.cat([hits(reader, tensor(x[i : i + 100]), portraits[i : i + 100]) for i in range(0, count, 100)])
-        truth, measured = torch.tensor([p.geometry for p in portraits]), torch.cat([b[1] for b in batches])
+        parts = [slice(i, i + 100) for i in range(0, count, 100)]
+        correct = torch.cat([hits(reader, tensor(x[part]), portraits[part]) for part in parts])
+        measured = torch.cat([reader(tensor(x[part]))[1] for part in parts])
+        truth = torch.tensor([p.geometry for p in portraits])
         r2 = 1 - (measured - truth).square().mean(0) / truth.var(0)
         report[name] = dict(accuracy=table(correct.float().mean(0)), geometry_r2=[round(v, 3) for v in r2.tolist()])
     twins = [pair(data.HELD_OUT + i) for i in range(count // 2)]
     sides = [np.stack([draw(t[s]) for t in twins]) for s in (0, 1)]
-    for name, (a, b) in (("renders", sides), ("reconstructions", [reconstruct(_taesd(), s) for s in sides])):
+    for name, (a, b) in (("renders", sides), ("reconstructions", [reconstruct(taesd(), s) for s in sides])):
         a, b = (torch.cat([reader(tensor(x[i : i + 100]))[2] for i in range(0, len(x), 100)]) for x in (a, b))
         report[name]["identity_auc"] = round(auc((a * b).sum(1), (a * b.roll(1, 0)).sum(1)), 4)
     return report
 
 
-def _taesd():
+def taesd():
     model = vae.network().float()
     model.load_state_dict(load_vae().first_stage_model.state_dict())
     return model.eval()
@@ -119,18 +126,18 @@ def sheet(pictures, path, columns=8):
 
     x = (pictures.movedim(1, -1).clamp(0, 1) * 255).round().byte().numpy()
     x = x[: len(x) // columns * columns].reshape(-1, columns, SIZE, SIZE, 3).swapaxes(1, 2)
-    Image.fromarray(x.reshape(-1, columns * SIZE, 3)).save(path)
+    Image.fromarray(x.reshape(-1, columns * SIZE, 3)).save(path, quality=90)
 
 
 def write_card(out, prompts=64, seeds=4):
-    """Measure everything -> `out`/scores.json, card.md and sheet.png."""
+    """Measure everything -> `out`/scores.json, card.md and sheet.jpg."""
     reader, models = load_reader(), load_model("unet")
     scores = {}
     pictures = data.held_out(256, 5000)[1]
-    scores["vae"] = dict(zip(("psnr", "psnr_min"), (round(v, 2) for v in vae.psnr(_taesd(), pictures)), strict=True))
+    scores["vae"] = dict(zip(("psnr", "psnr_min"), (round(v, 2) for v in vae.psnr(taesd(), pictures)), strict=True))
     scores["reader"] = reader_report(reader)
     scores["unet"], made = prompt_hits(reader, models, prompts, seeds)
-    sheet(made, out / "sheet.png")
+    sheet(made[:40], out / "sheet.jpg")
     scores["unet-weak"], _ = prompt_hits(reader, load_model("unet-weak"), prompts, 1)
     scores["leak"] = leak(reader, models)
     scores["seconds_per_picture"] = seconds_per_picture(models)
@@ -143,7 +150,7 @@ def last_rows(path):
     """The last logged value of every (stage, name), with its step, samples and seconds."""
     with path.open() as f:
         rows = [line.strip().split(",") for line in f][1:]
-    return {(stage, name): (int(step), int(samples), int(seconds), value) for stage, step, samples, seconds, name, value in rows}
+    return {(stage, name): (int(a), int(b), int(c), value) for stage, a, b, c, name, value in rows}
 
 
 def card(scores, prompts, seeds, log):
@@ -174,24 +181,24 @@ Tiny models that ship with Steer, trained from nothing on portraits drawn by `mo
 method runnable in seconds and its effect measurable. They prove an implementation, not the picture quality that the
 same method reaches on a large model. {size} MB together, fp16, Apache-2.0, no third-party data.
 
-This file, `scores.json` and `sheet.png` are written by `python models/lab/train.py eval`.
+This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train.py eval`.
 
-![samples](sheet.png)
+![samples](sheet.jpg)
 
 ## Parts
 
-| file | network | purpose |
+| file | network | serves as |
 |---|---|---|
-| vae.safetensors | TAESD, 8x, 4 channels | pictures <-> latents |
-| text.safetensors | CLIP text transformer, 2 layers, 128 wide; only the token rows that captions use, one more row for all other words | prompts |
-| unet.safetensors | UNetModel, 64 channels, two levels (16x16, 8x8), self- and cross-attention at both and in the middle, eps-prediction | MODEL |
-| unet_weak.safetensors | the same network early in its training | guidance with a weaker sibling |
-| reader.safetensors | convolutions; factors, face geometry, 512-d identity | measuring |
+| vae.safetensors | TAESD, 8x, 4 channels | VAE |
+| text.safetensors | CLIP text transformer, 2 layers, 128 wide; one token row for all words unknown to captions | CLIP |
+| unet.safetensors | UNetModel, 64 channels, 16x16 and 8x8, attention everywhere, eps-prediction | MODEL |
+| unet_weak.safetensors | the same network early in its training | MODEL |
+| reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
 
 ## Recipe
 
-`python models/lab/train.py all --compile`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices and
-convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
+`python models/lab/train.py all --compile`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices
+and convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
 Text: first taught to name the factors of a caption, then trained with the UNet for the first eighth, then frozen.
 UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
 noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with
@@ -212,7 +219,7 @@ Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose fac
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
 that show the factor as prompted / as hidden.
 
-| factor | chance | reader, renders | reader, reconstructions | prompt hits | weaker sibling | leak: prompted / hidden |
+| factor | chance | reader: renders | reader: through VAE | prompt hits | weaker | leak: prompted / hidden |
 |---|---|---|---|---|---|---|
 {rows}
 

@@ -54,8 +54,9 @@ def moments(work):
         z, images = z[:2000].astype(np.float32), data.images(work)
         mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
         white = ((z - mean[:, None, None]) / std[:, None, None] * LATENT_STD).transpose(0, 2, 3, 1).reshape(-1, 4)
-        rgb = np.stack([images[s] for s in seeds[:2000]]).reshape(-1, 16, 8, 16, 8, 3).mean((2, 4)).reshape(-1, 3) / 127.5 - 1
-        fit = np.linalg.lstsq(np.concatenate([white, np.ones_like(white[:, :1])], 1), rgb, rcond=None)[0]
+        cells = np.stack([images[s] for s in seeds[:2000]]).reshape(-1, 16, 8, 16, 8, 3).mean((2, 4))
+        affine = np.concatenate([white, np.ones_like(white[:, :1])], 1)
+        fit = np.linalg.lstsq(affine, cells.reshape(-1, 3) / 127.5 - 1, rcond=None)[0]
         stats = dict(mean=mean.tolist(), std=std.tolist(), rgb_factors=fit[:4].tolist(), rgb_bias=fit[4].tolist())
         data.write_json(path, {k: np.round(v, 5).tolist() for k, v in stats.items()})
     return json.loads(path.read_text())

@@ -65,8 +65,8 @@ class LabConfig(comfy.supported_models_base.BASE):
 
 class LabSDTokenizer(comfy.sd1_clip.SDTokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data=None):
-        size = TEXT["hidden_size"]
-        super().__init__(embedding_directory=embedding_directory, embedding_size=size, tokenizer_data=tokenizer_data or {})
+        size, data = TEXT["hidden_size"], tokenizer_data or {}
+        super().__init__(embedding_directory=embedding_directory, embedding_size=size, tokenizer_data=data)
 
 
 class LabTokenizer(comfy.sd1_clip.SD1Tokenizer):
@@ -100,11 +100,12 @@ def load_unet(which="unet", disable_dynamic=False):
     count = sum(w.numel() for w in weights.values())
     dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
     model = unet_model(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
-    patcher = comfy.model_patcher.CoreModelPatcher
-    if disable_dynamic:
-        patcher = comfy.model_patcher.ModelPatcher
-    patcher = patcher(model, load_device=device, offload_device=offload)
-    model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=patcher.is_dynamic())
+    kind = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    patcher = kind(model, load_device=device, offload_device=offload)
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()  # dynamic VRAM streams the tensors it is given
+    model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=dynamic)
     patcher.cached_patcher_init = (load_unet, (which,))
     return patcher
 

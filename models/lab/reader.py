@@ -45,12 +45,12 @@ class Reader(nn.Module):
     @torch.no_grad()
     def read(self, images):
         """-> per image {factor: (value, probability)}."""
-        probabilities = [x.softmax(1) for x in self(images)[0]]
-        names = list(FACTORS.items())
-        return [
-            {name: (values[int(p[i].argmax())], float(p[i].max())) for (name, values), p in zip(names, probabilities, strict=True)}
-            for i in range(len(images))
-        ]
+        rows = [{} for _ in images]
+        for (name, values), logits in zip(FACTORS.items(), self(images)[0], strict=True):
+            best = logits.softmax(1).max(1)
+            for row, probability, at in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                row[name] = (values[at], probability)
+        return rows
 
     def score(self, images, prompt):
         """How well each image fits the factors that `prompt` names: mean log-probability [B], 0 is a perfect fit."""
@@ -63,9 +63,10 @@ class Reader(nn.Module):
 
 
 def load_reader():
-    """The trained reader in fp32, in evaluation mode."""
+    """The trained reader in fp32, in evaluation mode; gradients can pass through it to the picture."""
     from safetensors.torch import load_file
 
-    reader = Reader()
-    reader.load_state_dict({k: w.float() if w.is_floating_point() else w for k, w in load_file(WEIGHTS).items()})
-    return reader.eval().requires_grad_(False)
+    with torch.inference_mode(False):  # nodes run in inference mode, whose tensors refuse gradients later
+        reader = Reader()
+        reader.load_state_dict({k: w.float() if w.is_floating_point() else w for k, w in load_file(WEIGHTS).items()})
+        return reader.eval().requires_grad_(False)

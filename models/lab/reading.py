@@ -12,7 +12,7 @@ from .portrait import GEOMETRY, SIZE, Portrait, draw
 from .reader import Reader
 
 PAIRS, FIRST = 6000, 5_000_000  # seeds of the reader's own pictures
-THROUGH_VAE = 2000  # pairs that also exist as reconstructions
+THROUGH_VAE = 1000  # pairs that also exist as reconstructions
 
 
 def pair(seed):
@@ -83,11 +83,11 @@ def loss_of(model, x, factors, geometry):
 
 
 def train(work, steps, batch=32, lr=2e-3, seed=0, through_vae=0.0, start="reader", name="reader"):
-    """`batch` pairs per step; a share `through_vae` of them are reconstructions. Continues from `start` if there is one."""
+    """`batch` pairs per step, a share `through_vae` of them reconstructions; goes on from the checkpoint `start`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pairs, rebuilt = build(work), build_reconstructions(work) if through_vae else None
-    labels = [[p for p in pair(FIRST + i)] for i in range(PAIRS)]
+    labels = [pair(FIRST + i) for i in range(PAIRS)]
     factors = torch.tensor([[p.indices for p in two] for two in labels])
     geometry = torch.tensor([[p.geometry for p in two] for two in labels], dtype=torch.float32)
     model = Reader().to(common.device(), memory_format=torch.channels_last)

@@ -18,7 +18,9 @@ def rows(images, reference=None, prompt=""):
             f"SteerLabRead: prompt={prompt!r} names no factor of the lab's world. Write it like Lab Portrait's "
             "captions, or leave it empty."
         )
-    out = [{"factors": {name: {"value": v, "probability": round(p, 4)} for name, (v, p) in row.items()}} for row in reader.read(x)]
+    out = []
+    for row in reader.read(x):
+        out.append({"factors": {name: dict(value=v, probability=round(p, 4)) for name, (v, p) in row.items()}})
     with torch.no_grad():
         if said:
             for row, score in zip(out, reader.score(x, prompt).tolist(), strict=True):

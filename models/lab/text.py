@@ -14,7 +14,7 @@ from .load import TEXT, LabSDTokenizer
 from .portrait import FACTORS, Portrait
 
 LENGTH = 77
-FOREIGN = ("masterpiece", "quality", "photo", "detailed", "dog", "sunset", "studio", "very")  # stand for any unknown word
+FOREIGN = ("masterpiece", "quality", "photo", "detailed", "dog", "sunset", "studio", "very")  # any unknown word
 
 
 class Vocabulary:

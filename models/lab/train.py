@@ -29,13 +29,14 @@ MINUTES = {"vae": 20.5, "unet": 97}
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("all", *STAGES))
-    parser.add_argument("--work", type=Path, default=ROOT / ".steer" / "lab", help="checkpoints and data (default: %(default)s)")
+    work = ROOT / ".steer" / "lab"
+    parser.add_argument("--work", type=Path, default=work, help="checkpoints and data (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help=f"training budget of vae or unet (default: {MINUTES})")
     parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="batch of vae (16) or unet (48)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more than one only on an idle machine (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: 15%% faster on a CPU, needs a C++ compiler")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; a CPU needs a C++ compiler")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
     return parser.parse_args()
@@ -56,9 +57,10 @@ def run(stage, o):
         module("text").train(o.work, seed=o.seed)
     elif stage == "reader":
         module("reading").train(o.work, 1500, name="reader-clean", seed=o.seed)
-        module("reading").train(o.work, 700, lr=1e-3, through_vae=0.5, start="reader-clean", seed=o.seed + 1)
+        module("reading").train(o.work, 500, lr=1e-3, through_vae=0.5, start="reader-clean", seed=o.seed + 1)
     elif stage == "unet":
-        module("unet").train(o.work, 60 * (o.minutes or MINUTES["unet"]), o.batch or 48, seed=o.seed, compiled=o.compile)
+        budget = 60 * (o.minutes or MINUTES["unet"])
+        module("unet").train(o.work, budget, o.batch or 48, seed=o.seed, compiled=o.compile)
     elif stage == "export":
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)

@@ -67,7 +67,9 @@ class Trainer:
         ends = ("unet.input_blocks.0.", "unet.out.", "embedding", "time_embed.0")
         self.optimiser = common.Muon(*common.split(self.model.named_parameters(), ends), lr=lr)
         self.balance, self.step, self.seconds, self.frozen = Balance(), 0, 0.0, False
-        self.unet = torch.compile(self.base.diffusion_model._forward) if compiled else self.base.diffusion_model._forward
+        self.unet = self.base.diffusion_model._forward
+        if compiled:
+            self.unet = torch.compile(self.unet)
         self._resume()
 
     def _resume(self):
@@ -160,6 +162,10 @@ class Trainer:
 def train(work, budget, batch=48, lr=2e-3, seed=0, compiled=False, name="unet"):
     import comfy.ldm.modules.attention as host
 
+    usual = host.optimized_attention
     if common.device().type == "cpu":
         host.optimized_attention = plain_attention
-    Trainer(work, name, seed, lr, compiled).run(budget, batch)
+    try:
+        Trainer(work, name, seed, lr, compiled).run(budget, batch)
+    finally:
+        host.optimized_attention = usual

@@ -93,4 +93,5 @@ def save(path, model, average, optimiser, step, log, test):
     mean, low = psnr(model, test)
     model.load_state_dict(live)
     log.write(step, psnr=mean, psnr_min=low)
-    common.save(path, model=live, average=average.shadow, optimiser=optimiser.state_dict(), step=step, seconds=log.seconds)
+    state = dict(model=live, average=average.shadow, optimiser=optimiser.state_dict())
+    common.save(path, **state, step=step, seconds=log.seconds)
