@@ -129,6 +129,15 @@ def test_second_order_comes_closer_to_the_truth():
     assert error("euler", 40) > 0.4 * error("euler", 20)  # order 1: a half
 
 
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0)])
+def test_a_window_is_the_same_on_its_own_sampler(window):
+    """Where the window closes, the noise of the last unguided prediction inside must not be kept."""
+    model = steered(toy.model(), schedule=Schedule(*window))
+    ours = toy.sample(model, sampler=cfgpp.sampler("euler", 1.0, 1.0), steps=STEPS)
+    host = toy.sample(model, sampler="euler", steps=STEPS)
+    assert torch.allclose(ours, host, rtol=1e-3, atol=2e-4 * float(host.std()))
+
+
 def test_outside_the_window_the_sampler_is_plain():
     model = toy.model()
     late = steered(model, schedule=Schedule(0.0101, 0.0102))  # no step falls into it
