@@ -5,7 +5,7 @@
     python tests/host.py --serve PORT   starts its server with this pack loaded
 
 It is the one named by COMFYUI_PATH, else the one whose custom_nodes folder holds this repository, else one that is
-installed under .steer/ in this repository. STEER_HOST_VERSION picks the version to install.
+installed under .steer/ in this repository. STEER_HOST_VERSION asks for an installed one of that version.
 """
 
 import argparse
@@ -65,6 +65,8 @@ def found():
         if not is_comfyui(path):
             raise SystemExit(f"COMFYUI_PATH is {named}, but there is no ComfyUI (main.py, comfy/, nodes.py) in it.")
         return path
+    if "STEER_HOST_VERSION" in os.environ:
+        return None
     for root in (ROOT, ROOT.resolve()):  # custom_nodes often holds a link to the repository
         if root.parent.name == "custom_nodes" and is_comfyui(root.parents[1]):
             return root.parents[1]
@@ -136,7 +138,8 @@ def boot():
 
 
 def has_accelerator(torch):
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    xpu = getattr(torch, "xpu", None)  # not in every torch that a user may have
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or bool(xpu and xpu.is_available())
 
 
 @functools.cache

@@ -44,8 +44,12 @@ def test_named_host_that_is_none(tmp_path, monkeypatch):
 
 def test_host_around_the_repository(comfy, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.delenv("STEER_HOST_VERSION", raising=False)
     monkeypatch.setattr(host, "ROOT", comfy / "custom_nodes" / "steer")
     assert host.found() == comfy
+    monkeypatch.setenv("STEER_HOST_VERSION", "0.26.0")
+    assert host.found() is None
+    monkeypatch.delenv("STEER_HOST_VERSION")
     monkeypatch.setattr(host, "ROOT", comfy / "elsewhere" / "steer")
     assert host.found() is None
 
