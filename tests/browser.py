@@ -64,9 +64,12 @@ class Server:
                 time.sleep(0.2)
         raise RuntimeError(f"The server did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
 
-    def get(self, path):
+    def read(self, path):
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def get(self, path):
+        return json.loads(self.read(path))
 
     def close(self):
         self.process.terminate()

@@ -56,6 +56,15 @@ def test_page_starts_without_errors_of_the_pack(page, server):
     assert any(key.startswith("Steer") for key in server.get("/object_info")), "the server has none of our nodes"
 
 
+def test_help_pages_and_workflows_are_served(server):
+    pages = sorted((host.ROOT / "nodes" / "help" / "docs").glob("*/en.md"))
+    assert pages
+    for page in pages:
+        url = f"/extensions/{host.ROOT.name}/docs/{page.parent.name}/en.md"
+        assert server.read(url).decode("utf-8").splitlines() == page.read_text(encoding="utf-8").splitlines()
+    assert set(server.get("/workflow_templates")[host.ROOT.name]) == {path.stem for path in SHIPPED}
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_workflow(page, path):
     workflow, prompt, console = load(page, path)
