@@ -38,7 +38,7 @@ def to_tensor(array, device):
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(array)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def write_json(path, value):

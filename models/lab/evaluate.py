@@ -197,8 +197,8 @@ This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train
 
 ## Recipe
 
-`python models/lab/train.py all --compile`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices
-and convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
+`python models/lab/train.py all`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices and
+convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
 Text: first taught to name the factors of a caption, then trained with the UNet for the first eighth, then frozen.
 UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
 noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with

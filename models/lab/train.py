@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
 STAGES = ("data", "vae", "latents", "text", "reader", "unet", "export", "eval")
-MINUTES = {"vae": 20.5, "unet": 97}
+MINUTES = {"vae": 20.5, "unet": 89}
 
 
 def arguments():
@@ -36,7 +36,6 @@ def arguments():
     parser.add_argument("--batch", type=int, help="batch of vae (16) or unet (48)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; a CPU needs a C++ compiler")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
     return parser.parse_args()
@@ -60,7 +59,7 @@ def run(stage, o):
         module("reading").train(o.work, 500, lr=1e-3, through_vae=0.5, start="reader-clean", seed=o.seed + 1)
     elif stage == "unet":
         budget = 60 * (o.minutes or MINUTES["unet"])
-        module("unet").train(o.work, budget, o.batch or 48, seed=o.seed, compiled=o.compile)
+        module("unet").train(o.work, budget, o.batch or 48, seed=o.seed)
     elif stage == "export":
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)

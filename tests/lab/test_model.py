@@ -127,6 +127,13 @@ def test_previews_have_colours(models):
     assert (preview - small).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("which", MODELS)
+def test_no_part_was_left_untrained(which):
+    """Residual branches start at zero; one that is still zero got no gradient."""
+    weights = load_unet(which).model.diffusion_model.state_dict()
+    assert [name for name, w in weights.items() if not w.any()] == []
+
+
 def test_weights_fit_in_a_repository():
     assert sum(p.stat().st_size for p in WEIGHTS.glob("*.safetensors")) < 60e6
     assert {p.name for p in WEIGHTS.glob("unet*.safetensors")} == set(MODELS.values())

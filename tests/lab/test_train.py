@@ -1,0 +1,58 @@
+"""Every stage of the training runs, resumes and leaves nothing untrained; on 100 portraits and for seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from steer.models.lab import common, data, latents, unet, vae
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work folder with 100 portraits, an autoencoder trained for a moment and its latents; the log goes there too."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "WEIGHTS", folder)
+        data.build(folder, 100)
+        vae.train(folder, budget=2, batch=2)
+        latents.build(folder)
+        yield folder
+
+
+def test_latents_are_whitened(work):
+    stats = latents.moments(work)
+    z = np.load(work / "latents.npy").astype(np.float32)
+    assert np.allclose(z.mean((0, 2, 3)), stats["mean"], atol=1e-3)
+    assert np.allclose(z.std((0, 2, 3)), stats["std"], atol=1e-3)
+    base = unet.network(stats)
+    assert abs(base.latent_format.process_in(torch.from_numpy(z)).std() - 0.4) < 0.01
+    back = base.latent_format.process_out(base.latent_format.process_in(torch.from_numpy(z)))
+    assert torch.allclose(back, torch.from_numpy(z), atol=1e-4)
+
+
+def test_unet_trains_every_part_and_resumes(work):
+    unet.train(work, budget=4, batch=2)
+    first = torch.load(work / "unet.ckpt", weights_only=True)
+    assert first["step"] > 3
+    assert [name for name, w in first["model"].items() if name.startswith("unet.") and not w.any()] == []
+    unet.train(work, budget=7, batch=2)
+    again = torch.load(work / "unet.ckpt", weights_only=True)
+    assert again["step"] > first["step"] and again["seconds"] >= 7
+
+
+def test_vae_resumes(work):
+    first = torch.load(work / "vae.ckpt", weights_only=True)
+    vae.train(work, budget=first["seconds"] + 2, batch=2)
+    assert torch.load(work / "vae.ckpt", weights_only=True)["step"] > first["step"]
+
+
+def test_the_command_explains_itself():
+    command = [sys.executable, str(ROOT / "models" / "lab" / "train.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for stage in ("data", "vae", "latents", "text", "reader", "unet", "export", "eval"):
+        assert stage in text
