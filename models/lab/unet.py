@@ -131,7 +131,7 @@ class Trainer:
         while log.seconds < budget:
             if not self.frozen and log.seconds >= FREEZE * budget:
                 self.freeze_text()
-            self.optimiser.set_rate(self.lr * common.schedule(log.seconds / budget, hold=0.55))
+            self.optimiser.set_rate(self.lr * common.schedule(log.seconds / budget, hold=0.7))
             self.optimiser.zero_grad(set_to_none=True)
             loss, error = self.loss(*self.batch(batch))
             loss.backward()
