@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
 STAGES = ("data", "vae", "latents", "text", "reader", "unet", "export", "eval")
-MINUTES = {"vae": 20.5, "unet": 89}
+MINUTES = {"vae": 20.5, "unet": 31}
 
 
 def arguments():
@@ -38,6 +38,8 @@ def arguments():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
+    parts = ("vae", "reader", "unet", "unet-weak", "leak", "seconds", "megabytes")
+    parser.add_argument("--only", nargs="+", default=(), choices=parts, help="eval: measure these parts anew")
     return parser.parse_args()
 
 
@@ -64,7 +66,7 @@ def run(stage, o):
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)
     elif stage == "eval":
-        module("evaluate").write_card(module("common").WEIGHTS)
+        module("evaluate").write_card(module("common").WEIGHTS, o.only)
 
 
 def main():

@@ -52,12 +52,13 @@ class Balance:
 
 
 FREEZE = 0.12  # share of the training after which the text encoder stands still
+JOIN = 0.4  # share after which the transformers at 16x16 join; see Trainer.hold_back
 
 
 class Trainer:
     """Models, optimiser, data and state of one training run in `work`."""
 
-    def __init__(self, work, name="unet", seed=0, lr=2e-3, compiled=False):
+    def __init__(self, work, name="unet", seed=0, lr=2e-3):
         torch.manual_seed(seed)
         self.work, self.path, self.lr, self.rng = work, work / f"{name}.ckpt", lr, random.Random(seed)
         self.base = network(latents.moments(work))
@@ -68,8 +69,6 @@ class Trainer:
         self.optimiser = common.Muon(*common.split(self.model.named_parameters(), ends), lr=lr)
         self.balance, self.step, self.seconds, self.frozen = Balance(), 0, 0.0, False
         self.unet = self.base.diffusion_model._forward
-        if compiled:
-            self.unet = torch.compile(self.unet)
         self._resume()
 
     def _resume(self):
@@ -81,9 +80,27 @@ class Trainer:
             self.rng.seed(self.step)
         elif text := common.restore(self.work / "text.ckpt"):
             self.encoder.load_state_dict(text["model"])
-        self.average = common.Average(self.model, 0.999)
+        self.average = common.Average(self.model, 0.997)
         if state:
             self.average.shadow, self.average.steps = state["average"], state["step"]
+
+    def hold_back(self):
+        """The transformers at 16x16 pass their input on.
+
+        Where they learn from the start they learn everything, and the bottleneck at 8x8 stays nearly unused: then
+        nothing lives in h-space, and guidance that perturbs the middle has nothing to perturb.
+        """
+        for layer in self.fine():
+            layer.forward = lambda x, *args, **kwargs: x
+
+    def join(self):
+        for layer in self.fine():
+            vars(layer).pop("forward", None)
+
+    def fine(self):
+        """The SpatialTransformers at 16x16."""
+        unet = self.base.diffusion_model
+        return [unet.input_blocks[1][1], unet.output_blocks[2][1], unet.output_blocks[3][1]]
 
     def save(self, log):
         state = dict(model=self.model.state_dict(), average=self.average.shadow, balance=self.balance.mean)
@@ -128,7 +145,10 @@ class Trainer:
         log = common.Log(self.path.stem, round(budget), round(self.seconds), batch, self.seconds)
         seen, marks = [], [budget * (i + 1) / snapshots for i in range(snapshots)]
         marks = [m for m in marks if m > self.seconds]
+        self.hold_back()
         while log.seconds < budget:
+            if log.seconds >= JOIN * budget:
+                self.join()
             if not self.frozen and log.seconds >= FREEZE * budget:
                 self.freeze_text()
             self.optimiser.set_rate(self.lr * common.schedule(log.seconds / budget, hold=0.7))
@@ -159,13 +179,13 @@ class Trainer:
         return {name: self.balance.mean[i - 1 : i + 2].mean().item() for name, i in at.items()}
 
 
-def train(work, budget, batch=48, lr=2e-3, seed=0, compiled=False, name="unet"):
+def train(work, budget, batch=48, lr=2e-3, seed=0, name="unet"):
     import comfy.ldm.modules.attention as host
 
     usual = host.optimized_attention
     if common.device().type == "cpu":
         host.optimized_attention = plain_attention
     try:
-        Trainer(work, name, seed, lr, compiled).run(budget, batch)
+        Trainer(work, name, seed, lr).run(budget, batch)
     finally:
         host.optimized_attention = usual

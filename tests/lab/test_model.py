@@ -45,17 +45,25 @@ def test_layout_follows_the_text_and_not_the_starting_noise(models, reader):
 
 
 def test_the_weaker_sibling_is_weaker_and_speaks_the_same_language(models, reader):
-    weak = load_unet("unet-weak"), *models[1:]
-    rates, _ = evaluate.prompt_hits(reader, weak, 16, 1, first=100)
-    assert 0.5 < mean(rates) < 1.0
+    """Most factors show with it too, but its pictures fit their prompts less."""
+    portraits = evaluate.data.held_out(12, 6000)[0]
+    prompts = [evaluate.caption(p) for p in portraits]
+    fit = []
+    for model in (models[0], load_unet("unet-weak")):
+        made = evaluate.sample((model, *models[1:]), prompts, 1)
+        fit.append(sum(float(reader.score(made[i : i + 1], text)) for i, text in enumerate(prompts)) / len(prompts))
+        rate = evaluate.hits(reader, made, portraits).float().mean()
+    assert fit[0] > fit[1] + 0.02
+    assert rate > 0.6
 
 
 def patched(name, model):
     if name == "lora":
         key = "diffusion_model.middle_block.1.proj_in.weight"
         weight = model.model.state_dict()[key]
-        up, down = torch.randn(weight.shape[0], 2, 1, 1), torch.randn(2, weight.shape[1], 1, 1)
-        lora = {"lora_unet_test.lora_up.weight": up * 0.1, "lora_unet_test.lora_down.weight": down * 0.1}
+        draw = torch.Generator().manual_seed(0)
+        up, down = (torch.randn(n, generator=draw) for n in ((len(weight), 2, 1, 1), (2, weight.shape[1], 1, 1)))
+        lora = {"lora_unet_test.lora_up.weight": up, "lora_unet_test.lora_down.weight": down}
         loaded = comfy.lora.load_lora(lora, {"lora_unet_test": key})
         model = model.clone()
         assert model.add_patches(loaded, 1.0) == [key]
@@ -127,10 +135,9 @@ def test_previews_have_colours(models):
     assert (preview - small).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("which", MODELS)
-def test_no_part_was_left_untrained(which):
+def test_no_part_was_left_untrained(models):
     """Residual branches start at zero; one that is still zero got no gradient."""
-    weights = load_unet(which).model.diffusion_model.state_dict()
+    weights = models[0].model.diffusion_model.state_dict()
     assert [name for name, w in weights.items() if not w.any()] == []
 
 
