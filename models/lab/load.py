@@ -106,25 +106,40 @@ def load_unet(which="unet", disable_dynamic=False):
     patcher = kind(model, load_device=device, offload_device=offload)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()  # dynamic VRAM streams the tensors it is given
     model.diffusion_model.load_state_dict({k: w.to(dtype) for k, w in weights.items()}, assign=dynamic)
-    patcher.cached_patcher_init = (load_unet, (which,))
+    patcher.cached_patcher_init = (load_unet, (which,))  # how hooks and multi-GPU make another one like it
     return patcher
 
 
-def load_clip():
+def load_clip(**options):
     """-> CLIP. Tokens that no caption uses all share the row trained for unknown words."""
     weights = load_file(WEIGHTS / "text.safetensors")
-    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(LabTokenizer, LabTextModel))
-    table = clip.cond_stage_model.clip_l.transformer.text_model.embeddings.token_embedding.weight
+    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(LabTokenizer, LabTextModel), **options)
+    table = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
     ids, rows = weights.pop("token_ids"), weights.pop("token_rows")
     full = rows[-1:].repeat(len(table), 1)
     full[ids.long()] = rows[:-1]
     weights["text_model.embeddings.token_embedding.weight"] = full
-    clip.cond_stage_model.clip_l.transformer.load_state_dict({k: w.to(table.dtype) for k, w in weights.items()})
+    missing, unexpected = clip.load_sd({k: w.to(table.dtype) for k, w in weights.items()})
+    if missing or unexpected:
+        raise RuntimeError(f"text.safetensors does not fit the text encoder: {missing=}, {unexpected=}")
+    clip.patcher.cached_patcher_init = (load_clip_patcher, ())
     return clip
 
 
+def load_clip_patcher(**options):
+    return load_clip(**options).patcher
+
+
 def load_vae():
-    return comfy.sd.VAE(sd={k: w.float() for k, w in load_file(WEIGHTS / "vae.safetensors").items()})
+    """-> VAE."""
+    vae = comfy.sd.VAE(sd={k: w.float() for k, w in load_file(WEIGHTS / "vae.safetensors").items()})
+    vae.patcher.cached_patcher_init = (load_vae_patcher, ())
+    return vae
+
+
+def load_vae_patcher(disable_dynamic=False):
+    """What the host's own VAE factory does: a VAE's patcher is asked for in one kind only."""
+    return load_vae().patcher
 
 
 def load_model(which="unet"):
