@@ -16,11 +16,6 @@ import host  # noqa: E402
 host.load_pack()  # at import, so that test modules can import `steer` at their top
 
 
-@pytest.fixture(scope="session")
-def comfy_host():
-    return host.boot()
-
-
 @pytest.fixture
 def run_prompt():
     """Runs an API prompt in this process; `run_prompt(prompt)["3"]` is the tuple of node 3's outputs."""

@@ -16,9 +16,10 @@ class Prompt:
     raw = None
 
     def __init__(self, prompt, definition):
-        self.prompt, self.definition = prompt, definition
-        self.sources = {node_id: {name: Widget(name, "", value) for name, value in entry.get("inputs", {}).items()
-                                  if not is_link(value)} for node_id, entry in prompt.items()}
+        self.definition = definition
+        self.prompt = {node_id: {**entry, "inputs": entry.get("inputs") or {}} for node_id, entry in prompt.items()}
+        self.sources = {node_id: {name: Widget(name, "", value) for name, value in entry["inputs"].items()
+                                  if not is_link(value)} for node_id, entry in self.prompt.items()}
 
     def with_value(self, node_id, name, value):
         entry = self.prompt[node_id]
@@ -37,8 +38,8 @@ def read(workflow, definition):
 
 
 def title(document, node_id):
-    entry = document.prompt[node_id]
-    return (entry.get("_meta") or {}).get("title") or entry["class_type"]
+    entry = document.prompt.get(node_id) or {}
+    return (entry.get("_meta") or {}).get("title") or entry.get("class_type", "not there")
 
 
 def apply_set(document, text):

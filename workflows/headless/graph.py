@@ -99,8 +99,9 @@ def build_node(raw, library):
     described = None if kind in OUTSIDE_ONLY else library.definition(kind)
     if described is None:
         if node.active and not node.virtual:
+            hint = " (A group node: convert it to a subgraph.)" if kind.startswith("workflow") else ""
             raise ConversionError(f"{node.label}: the host has no node type {kind!r}. The pack that brings it is not "
-                                  "installed" + (" (a group node: convert it to a subgraph)." if "/" in kind else "."))
+                                  f"installed.{hint}")
         node.slots = [saved_slot(slot) for slot in saved_slots]
         node.outputs = saved_outputs
         if kind == "PrimitiveNode":

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import aiohttp
+from host_run import faults_of, node_label
 
 from .run_error import RunError, Unreachable
 
@@ -83,10 +84,10 @@ class Remote:
             elif event["type"] == "execution_success":
                 return
             elif event["type"] == "execution_error":
-                raise RunError(f"{label(prompt, data['node_id'])}: {data['exception_type']}: "
+                raise RunError(f"{node_label(prompt, data['node_id'])}: {data['exception_type']}: "
                                f"{data['exception_message'].strip()}")
             elif event["type"] == "execution_interrupted":
-                raise RunError(f"{label(prompt, data['node_id'])}: interrupted on the server")
+                raise RunError(f"{node_label(prompt, data['node_id'])}: interrupted on the server")
         raise Unreachable(f"{self.url}: the connection ended before the run did.")
 
     def fetch(self, item):
@@ -108,19 +109,5 @@ class Remote:
         return path
 
 
-def label(prompt, node_id):
-    entry = prompt.get(node_id) or {}
-    kind = entry.get("class_type", "unknown type")
-    title = (entry.get("_meta") or {}).get("title") or kind
-    return f'node {node_id} "{title}" ({kind})'
-
-
 def refusal(prompt, answer):
-    lines = []
-    for node_id, report in (answer.get("node_errors") or {}).items():
-        for error in report["errors"]:
-            name = (error.get("extra_info") or {}).get("input_name")
-            where = label(prompt, node_id) + (f", input {name!r}" if name else "")
-            lines.append(f"{where}: {error['message']}" + (f": {error['details']}" if error.get("details") else ""))
-    error = answer.get("error") or {}
-    return "\n".join(lines) or f"{error.get('message', answer)} {error.get('details', '')}".strip()
+    return "\n".join(text for _, _, text in faults_of(prompt, answer.get("node_errors") or {}, answer.get("error")))
