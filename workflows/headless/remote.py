@@ -81,8 +81,8 @@ class Remote:
                 continue
             if event["type"] == "progress":
                 show(data["node"], data["value"], data["max"])
-            elif event["type"] == "execution_success":
-                return
+            elif event["type"] == "executing" and data["node"] is None:
+                return  # sent after the history is written; execution_success comes before
             elif event["type"] == "execution_error":
                 raise RunError(f"{node_label(prompt, data['node_id'])}: {data['exception_type']}: "
                                f"{data['exception_message'].strip()}")
