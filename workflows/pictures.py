@@ -61,9 +61,8 @@ def main():
             sheet(rows).save(path, quality=88)
             print(path.relative_to(ROOT))
     if set(README) <= set(made):
-        pairs = [[off + on for off, on in zip([made[name][0]], [made[name][1]], strict=True)][0] for name in README]
-        path = ROOT / "docs" / "steer.jpg"
-        path.parent.mkdir(exist_ok=True)
+        pairs = [made[name][0] + made[name][1] for name in README]  # off, then on
+        path = ROOT / "nodes" / "help" / "steer.jpg"
         sheet(pairs).save(path, quality=88)
         print(path.relative_to(ROOT))
 

@@ -33,8 +33,8 @@ class AdaptiveProjectedGuidance(io.ComfyNode):
                     max=1000.0,
                     step=0.5,
                     tooltip="Largest size of the guidance in one step; longer ones are shortened to it. Lower is "
-                    "gentler. It grows with the latent: the paper's 15 is for SDXL at 1024 px, half of it fits 512 px, 0.75 "
-                    "the lab model. 0 is no limit.",
+                    "gentler. It grows with the latent: the paper's 15 is for SDXL at 1024 px, half of it fits 512 px, "
+                    "0.75 the lab model. 0 is no limit.",
                 ),
                 io.Float.Input(
                     "momentum",

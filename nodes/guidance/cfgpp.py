@@ -24,7 +24,7 @@ class CFGPlusPlus(io.ComfyNode):
                     max=3.0,
                     step=0.05,
                     tooltip="The paper's lambda, in place of the sampler's cfg, which is not used inside the window. "
-                    "Higher follows the prompt more closely; the paper sets 0.6 beside cfg 7.5 and 1 beside 12.5. 0 is off.",
+                    "Higher follows the prompt more; the paper sets 0.6 beside cfg 7.5, 1 beside 12.5. 0 is off.",
                 ),
                 *inputs.window(),
             ],
