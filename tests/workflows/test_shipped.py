@@ -65,5 +65,5 @@ def test_main_job(tmp_path):
     done = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     written = [line for line in done.stdout.splitlines() if line.endswith(".png")]
-    assert len(written) == 8 and all(Image.open(p).size == (128, 128) for p in written)
+    assert len(written) == 12 and all(Image.open(p).size == (128, 128) for p in written)
     assert "workflow" in Image.open(written[0]).text
