@@ -61,7 +61,7 @@ def main():
             sheet(rows).save(path, quality=88)
             print(path.relative_to(ROOT))
     if set(README) <= set(made):
-        pairs = [made[name][0] + made[name][1] for name in README]  # off, then on
+        pairs = [made[name][0][:4] + made[name][1][:4] for name in README]  # off, then on
         path = ROOT / "nodes" / "help" / "steer.jpg"
         sheet(pairs).save(path, quality=88)
         print(path.relative_to(ROOT))
