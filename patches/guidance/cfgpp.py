@@ -42,10 +42,10 @@ class CFGPP(Term):
         if not bool((run.sigmas[1:] < run.sigmas[:-1]).all()):
             raise ValueError("the sigmas must fall with every step; choose another scheduler or fewer steps.")
 
-    def scale(self, w):
+    def scale(self, w, difference, call, weight):
         return self.lam
 
-    def step(self, denoised, call):
+    def step(self, denoised, call, weight):
         D_l, D_u = denoised, call.predictions["negative"]
         if call.run.sampler.sampler_function is sample:
             call.run.renoise = D_u

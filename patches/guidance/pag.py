@@ -29,8 +29,8 @@ class PAG(Term):
     def branches(self, model):
         return (Weak("PAG", identity_attention, self_attention_layers(model, self.layers, AUTO)),)
 
-    def add(self, positive, weak, weight):
-        return (positive - weak[0]) * (self.s * weight)
+    def add(self, call, weak, weight):
+        return (call.predictions["positive"] - weak[0]) * (self.s * weight)
 
 
 def apply(model, s, layers, schedule):

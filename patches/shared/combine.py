@@ -1,6 +1,6 @@
 """The fixed order in which predictions become the D that the sampler gets."""
 
-from .steering import ROLES
+from .steering import ROLES, Other
 
 
 def before_cfg(call, args):
@@ -12,12 +12,19 @@ def before_cfg(call, args):
 def after_cfg(call, args):
     """The first post_cfg function: all of Steer's combination, after pre_cfg and before post_cfg of other nodes."""
     call.combined = True
-    denoised = args["denoised"]
-    if args["uncond"] is not None and call.overridden("reshape", "scale"):
+    denoised, pair = args["denoised"], args["uncond"] is not None
+    if not pair:
+        call.predictions.pop("negative", None)  # the host's zeros
+    else:
+        for term, weight, _ in call.active:
+            term.observe(call, weight)
+    if pair and call.overridden("reshape", "scale"):
         denoised = _guide(call, args)
     denoised = add(call, denoised, args["model_options"])
-    for term, _, _ in call.active:
-        denoised = term.step(denoised, call)
+    for term, weight, _ in call.active:
+        denoised = term.transform(denoised, call, weight)
+    for term, weight, _ in call.active:
+        denoised = term.step(denoised, call, weight)
     return denoised
 
 
@@ -30,8 +37,8 @@ def _guide(call, args):
         for term, weight, _ in call.active:
             difference = term.reshape(difference, positive, call, weight)
         negative = positive - difference
-    for term, _, _ in call.active:
-        w = term.scale(w)
+    for term, weight, _ in call.active:
+        w = term.scale(w, positive - negative, call, weight)
     if call.cfg_function is None:
         return negative + (positive - negative) * w
     return x - call.cfg_function(
@@ -54,20 +61,22 @@ def _guide(call, args):
 
 def add(call, denoised, options):
     """Runs the branches that could not join the guider's batch, then adds each term's share."""
-    if call.branches and not all(branch in call.predictions for branch in call.branches):
-        import comfy.samplers
-
-        conds, roles = call.branch_conds(), call.branches
+    call.options = options
+    late = [branch for branch in call.branches if branch not in call.predictions]
+    apart = [branch for branch in late if not isinstance(branch, Other)]
+    if apart:
+        conds, roles = call.branch_conds(apart), apart
         if "positive" not in call.predictions:
-            conds, roles = [call.conds["positive"], *conds], ("positive", *roles)
-        model = call.run.guider.inner_model
-        out = comfy.samplers.calc_cond_batch(model, conds, call.x, call.sigma, with_roles(options, roles))
-        call.predictions.update(zip(roles, out, strict=True))
+            conds, roles = [call.conds["positive"], *conds], ["positive", *roles]
+        call.predictions.update(zip(roles, call.predict(conds, roles), strict=True))
+    for branch in late:
+        if isinstance(branch, Other):
+            call.predictions[branch] = call.run.others[branch].predict(call.x, call.sigma)
     for term, weight, branches in call.active:
-        added = term.add(call.predictions.get("positive"), [call.predictions[b] for b in branches], weight)
+        added = term.add(call, [call.predictions[b] for b in branches], weight)
         denoised = denoised if added is None else denoised + added
     return denoised
 
 
 def with_roles(model_options, roles):
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], ROLES: roles}}
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], ROLES: tuple(roles)}}

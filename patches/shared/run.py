@@ -3,18 +3,19 @@
 Four stackable wrappers of the host carry it, none of which holds state:
     OUTER_SAMPLE     makes the Run and drops it with the run, also after an error or interrupt
     PREDICT_NOISE    makes the Call of one model evaluation, leaving it out when no term is active
-    CALC_COND_BATCH  lets the extra branches join the guider's own batch
-    APPLY_MODEL      perturbs the rows of weak branches, counts
+    CALC_COND_BATCH  lets the extra branches join the guider's own batch (batch.py)
+    APPLY_MODEL      perturbs the rows of weak branches, lets rows share what they have in common, counts (batch.py)
 """
 
 import logging
 import uuid
 from functools import partial
 
-from .architectures import adapter_of
+from .architectures import shared_blocks
 from .combine import add, after_cfg, before_cfg, with_roles
+from .other import Model
 from .stats import Stats
-from .steering import CALL, PAIRWISE, ROLES, RUN, Weak, blame, in_order, overrides
+from .steering import CALL, PAIRWISE, RUN, SHARE, Other, Text, Weak, blame, in_order, overrides
 
 KEY = "steer"
 
@@ -22,6 +23,8 @@ KEY = "steer"
 def install(model):
     """Adds the wrappers to a ModelPatcher that has none of them yet."""
     from comfy.patcher_extension import WrappersMP
+
+    from .batch import apply_model, calc_cond_batch
 
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, outer_sample),
@@ -42,31 +45,62 @@ class Run:
         self.sampling = self.model.get_model_object("model_sampling")
         self.sampler = sampler
         self.sigmas = sigmas  # [steps + 1], on the CPU
+        self.size = noise.shape[0]  # items of the batch
         self.state = {}  # term -> what it remembers between steps
         self.renoise = None  # D whose noise the next step keeps, for samplers that ask; None: the D they were handed
+        self.spared = None  # [B] bools: items whose negative need not be predicted; None: all are
         self.stats = Stats(noise.shape)
         self.standard = _forms_the_pair(guider)
+        self.blocks = shared_blocks(self.model) if guider.model_options.get(SHARE, True) else ()
         self.terms = []
         for term in in_order(guider.model_options):
             with blame(term):
                 self._check(term)
                 term.prepare(self)
-                self.terms.append((term, term.schedule.resolve(self.sampling), tuple(term.branches(self.model))))
+                window = term.schedule.resolve(self.sampling)
+                self.terms.append((term, window, tuple(term.branches(self.model))))
+                self._warn(term, window)
+        self.taps = {term: tuple(term.taps(self.model)) for term, _, _ in self.terms}
+        branches = dict.fromkeys(branch for _, _, needed in self.terms for branch in needed)
+        self.others = {branch: Model(branch.model, self) for branch in branches if isinstance(branch, Other)}
+        for branch in branches:
+            if isinstance(branch, Text):
+                guider.conds[str(branch)] = branch.conds(guider)
 
     def _check(self, term):
         guider = type(self.guider).__name__
         remedy = "use KSampler or CFGGuider."
-        if term.needs_negative and "negative" not in self.guider.original_conds:
+        paired = term.needs_negative or overrides(term, "level")
+        if paired and "negative" not in self.guider.original_conds:
             raise ValueError(f"needs a negative conditioning, which {guider} does not have; {remedy}")
         if not self.standard and any(overrides(term, place) for place in PAIRWISE):
             raise ValueError(f"acts on positive - negative, which {guider} combines in its own way; {remedy}")
-        if term.exclusive:
-            for other, _, _ in self.terms:
-                if type(other) is type(term) and other.schedule.overlaps(term.schedule):
-                    raise ValueError(
-                        "the model carries it twice at the same time; keep one, or give them windows "
-                        "(start_percent, end_percent) that do not overlap."
-                    )
+        for other, _, _ in self.terms:
+            if not other.schedule.overlaps(term.schedule):
+                continue
+            remedy = "keep one, or give them windows (start_percent, end_percent) that do not overlap."
+            if term.exclusive and type(other) is type(term):
+                raise ValueError(f"the model carries it twice at the same time; {remedy}")
+            if overrides(term, "scale") and overrides(other, "scale"):
+                raise ValueError(f"sets the guidance weight, and so does {other.node}; {remedy}")
+
+    def _warn(self, term, window):
+        """Says so when the term can have no effect in this run."""
+        levels = any(overrides(other, "level") for other in in_order(self.guider.model_options))
+        why = None
+        if not any(window.weight(float(sigma)) for sigma in self.sigmas[:-1]):
+            why = f"none of the {len(self.sigmas) - 1} steps falls into its window"
+        elif self.standard and self.guider.cfg == 1.0 and not levels and not term.needs_negative:
+            if any(overrides(term, place) for place in PAIRWISE) and not overrides(term, "instead"):
+                why = "cfg is 1, and it acts on what cfg adds"
+        if why:
+            logging.warning(f"{term.node} has no effect in this run: {why}.")
+
+
+    def depth(self, weak):
+        """Number of the first block in which a `Weak` branch differs from the positive."""
+        part = "skippable" if weak.edit is None else "attends"
+        return next(n for n, b in enumerate(self.blocks) if b.layer in weak.layers and getattr(b, part))
 
 
 def _forms_the_pair(guider):
@@ -88,8 +122,11 @@ class Call:
         self.branches = tuple(dict.fromkeys(branch for _, _, branches in active for branch in branches))
         self.conds = run.guider.conds
         self.predictions = {}  # "positive", "negative" or branch -> D, as the network gave it
+        self.seen = {}  # term -> what its taps saw
         self.index = 0  # of the positive among the guider's conds, as other packs' patches know it
+        self.options = None  # model_options of this evaluation
         self.joined = False
+        self.shares = False  # rows that begin alike are computed once
         self.combined = False
         self.cfg_function = None  # of another node, when it must be asked with changed predictions
 
@@ -101,15 +138,29 @@ class Call:
     def overridden(self, *places):
         return any(overrides(term, place) for term, _, _ in self.active for place in places)
 
-    def branch_conds(self):
-        """The positive conditioning once per branch.
+    def branch_conds(self, branches):
+        """The conditioning of each branch: the positive for the weak, its own for a text.
 
-        Own uuids, the same in every step: whoever caches by uuid (EasyCache) must not mix them with the positive.
+        A weak one has uuids of its own, the same in every step: whoever caches by uuid (EasyCache) must not mix it
+        with the positive.
         """
         return [
-            [{**c, "uuid": uuid.uuid5(c["uuid"], f"{branch}.{i}")} for i, c in enumerate(self.conds["positive"])]
-            for branch in self.branches
+            [{**c, "uuid": weak_uuid(c["uuid"], branch)} for c in self.conds["positive"]]
+            if isinstance(branch, Weak)
+            else self.conds[str(branch)]
+            for branch in branches
         ]
+
+    def predict(self, conds, roles, x=None):
+        """One more pass of the main network: a D per cond, at this sigma, of this x or another."""
+        import comfy.samplers
+
+        model, x = self.run.guider.inner_model, self.x if x is None else x
+        return comfy.samplers.calc_cond_batch(model, conds, x, self.sigma, with_roles(self.options, roles))
+
+
+def weak_uuid(positive, branch):
+    return uuid.uuid5(positive, str(branch))
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -117,9 +168,13 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     options = guider.model_options["transformer_options"]
     run = options[RUN] = Run(guider, noise, sampler, sigmas.cpu())
     try:
+        for other in run.others.values():
+            other.begin(noise, latent_image, *args, **kwargs)
         output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         del options[RUN]
+        for other in run.others.values():
+            other.end()
     logging.info(run.stats.line())
     return output
 
@@ -129,16 +184,30 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     if run is None:
         return executor(x, timestep, model_options, seed)
 
-    run.renoise = None
+    run.renoise = run.spared = None
     run.stats.evaluations += 1
     # one look at sigma per evaluation, and none while every term is always on
     sigma = None if all(term.schedule.always for term, _, _ in run.terms) else float(timestep.max())
     weighed = [(term, window.weight(sigma), branches) for term, window, branches in run.terms]
-    active = [each for each in weighed if each[1] != 0.0]
+    guider, cfg = run.guider, getattr(run.guider, "cfg", None)
+    try:
+        for term, weight, _ in weighed:
+            if overrides(term, "level"):
+                guider.cfg = term.level(guider.cfg, weight, run)
+        return _predict(run, executor, x, timestep, model_options, seed, [each for each in weighed if each[1] != 0.0])
+    finally:
+        if cfg is not None:
+            guider.cfg = cfg
+
+
+def _predict(run, executor, x, timestep, model_options, seed, active):
     if not active:
         return executor(x, timestep, model_options, seed)
-
     call = Call(run, x, timestep, model_options["transformer_options"]["sample_sigmas"], active)
+    for term, weight, _ in active:
+        denoised = term.instead(call, weight)
+        if denoised is not None:
+            return denoised
     options = {**model_options, "transformer_options": {**model_options["transformer_options"], CALL: call}}
     if any(term.needs_negative for term, _, _ in active):
         options["disable_cfg1_optimization"] = True
@@ -157,69 +226,3 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     if not call.combined:  # a guider with arithmetic of its own: what is added, is added to its result
         denoised = add(call, denoised, options)
     return denoised
-
-
-def calc_cond_batch(executor, model, conds, x, timestep, model_options):
-    options = model_options["transformer_options"]
-    run, call = options.get(RUN), options.get(CALL)
-    if run is None or model is not run.guider.inner_model or ROLES in options:
-        return executor(model, conds, x, timestep, model_options)
-
-    role_of = {id(cond): role for role, cond in run.guider.conds.items()}
-    roles = tuple(role_of.get(id(cond), "other") for cond in conds)  # "other": slices of a context window, say
-    if call is None or call.joined or "positive" not in roles:
-        return executor(model, conds, x, timestep, with_roles(model_options, roles))
-
-    call.joined = True
-    call.index = index = roles.index("positive")
-    if not call.branches:
-        return executor(model, conds, x, timestep, with_roles(model_options, roles))
-    # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so the
-    # first row that other packs find under the positive's index is the positive, and index 1 is still the negative.
-    first, *others = call.branches
-    conds, roles = list(conds), list(roles)
-    count, positive = len(conds), conds[index]
-    conds[index], *more = call.branch_conds()
-    roles[index] = first
-    conds += [*more, positive]
-    roles += [*others, "positive"]
-    options = with_roles(model_options, tuple(roles))
-    if "model_function_wrapper" in options:
-        options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
-    out = executor(model, conds, x, timestep, options)
-    call.predictions.update(zip(roles, out, strict=True))
-    out[index] = out[-1]
-    return out[:count]
-
-
-def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    options = transformer_options
-    run, roles = options.get(RUN), options.get(ROLES)
-    if run is not None:
-        if not run.stats.evaluations:
-            raise ValueError(
-                f"Steer: {type(run.guider).__name__} does not call the host's PREDICT_NOISE wrappers, so that steering "
-                "cannot act; use KSampler, CFGGuider or another guider."
-            )
-        indices = options["cond_or_uncond"]
-        chunks = [roles[i] if roles else "other" for i in indices]
-        run.stats.count(chunks, x)
-        if any(isinstance(role, Weak) for role in chunks):
-            call = options[CALL]
-            options = {**options, "cond_or_uncond": _true_indices(call, roles, indices)}
-            layers = dict.fromkeys(layer for role in chunks if isinstance(role, Weak) for layer in role.layers)
-            edits = {
-                layer: [role.edit if isinstance(role, Weak) and layer in role.layers else None for role in chunks]
-                for layer in layers
-            }
-            adapter_of(run.model.model).edit_self_attention(options, edits)
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-
-def _true_indices(call, roles, indices):
-    """cond_or_uncond as other packs know it: a weak row is a positive one."""
-    return [call.index if roles[i] == "positive" or isinstance(roles[i], Weak) else i for i in indices]
-
-
-def _known_indices(call, roles, wrapper, apply, args):
-    return wrapper(apply, {**args, "cond_or_uncond": _true_indices(call, roles, args["cond_or_uncond"])})

@@ -12,13 +12,17 @@ class Stats:
         self.rows = Counter()  # role -> rows of the batch
         self.work = Counter()  # role -> rows as shares of a full-size row: an area of half the picture counts 0.5
 
-    def count(self, roles, x):
-        """One forward of `x` [len(roles) * B, ...] whose equal chunks have these roles."""
+    def count(self, units, x, rows=None):
+        """One forward of `x` [len(units) * B, ...].
+
+        rows: the `Rows` of a forward in which some units joined late or left blocks out; they count for what they ran.
+        """
         self.forwards += 1
-        rows = x.shape[0] // len(roles)
-        for role in roles:
-            self.rows[str(role)] += rows
-            self.work[str(role)] += x.numel() / len(roles) / self.size
+        size = x.shape[0] // len(units)
+        shares = [work / rows.whole for work in rows.work] if rows and rows.whole else [1] * len(units)
+        for unit, share in zip(units, shares, strict=True):
+            self.rows[str(unit.role)] += size
+            self.work[str(unit.role)] += share * x.numel() / len(units) / self.size
 
     def line(self):
         shares = ", ".join(f"{role} {self.rows[role]} rows = {self.work[role]:.4g}" for role in sorted(self.rows))

@@ -3,36 +3,43 @@
 A term is a frozen value. It says which predictions it needs beside the host's own, and changes the combination of
 predictions at fixed places, in this order whatever the order of the nodes:
 
-    reshape   d = D_positive - D_negative          (APG)
-    scale     the guidance weight w                (CFG++)
-    add       D = D_negative + w d + ...           (PAG)
-    step      D as the sampler gets it             (CFG++)
+    level      the cfg of this evaluation                  (guidance schedule, Adaptive Guidance)
+    instead    a D without asking the network              (zero-init)
+    observe    true predictions are seen                   (Adaptive Guidance)
+    reshape    d = D_positive - D_negative                 (CFG-Zero*, TCFG, APG, FDG)
+    scale      the weight w of d                           (CFG++, beta-CFG, FDG)
+    add        D = D_negative + w d + ...                  (PAG, SEG, SLG, SAG, AutoGuidance, negatives)
+    transform  D as a whole                                (rescale)
+    step       D as the sampler gets it                    (CFG++, TAG)
 
 Predictions are clean estimates D(x, sigma), in the latent space in which the model works, [B, C, ...] of any rank.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from .attention import Edit
 from .layers import Layer
 from .schedule import Schedule
 
 STACK = "steer"  # in model_options: the tuple of terms
+SHARE = "steer.share"  # in model_options: False where rows must not share what they have in common
 # in transformer_options, for the time of one sampling run, one evaluation, one batch of conds:
 RUN, CALL, ROLES = "steer.run", "steer.call", "steer.roles"
 
 
 @dataclass(frozen=True)
 class Weak:
-    """The positive conditioning through a perturbed network: self-attention of `layers` goes through `edit`.
+    """The positive conditioning through a perturbed network: in `layers`, self-attention goes through `edit`, or,
+    where `edit` is None, the blocks are left out.
 
     Equal branches are one prediction, whichever nodes ask for it.
     """
 
     name: str
-    edit: Edit
+    edit: Edit | None
     layers: tuple[Layer, ...]
 
     def __str__(self):
@@ -40,15 +47,44 @@ class Weak:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Another conditioning through the same network; the host prepares it with the others when the run starts.
+
+    conds: guider -> the conditioning as the host's `convert_cond` gives it.
+    """
+
+    name: str
+    digest: str  # equal digests are one prediction
+    conds: Callable = field(compare=False, repr=False)
+
+    def __str__(self):
+        return f"text:{self.name}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Other:
+    """The positive conditioning through another ModelPatcher, in a call of its own."""
+
+    name: str
+    digest: str
+    model: Any = field(compare=False, repr=False)
+
+    def __str__(self):
+        return f"model:{self.name}"
+
+
+@dataclass(frozen=True)
 class Term:
     """One piece of steering; a method overrides the places it changes.
 
-    `weight` is the schedule's at this step; while it is 0 a term is not asked. Each item of the batch is treated by
-    itself. `call` is the `run.Call` of this evaluation: x, sigma, predictions as the network gave them, the run.
+    `weight` is the schedule's at this step; while it is 0 a term is asked for its `level` alone. Each item of the
+    batch is treated by itself. `call` is the `run.Call` of this evaluation: x, sigma, predictions as the network gave
+    them, the run.
     """
 
     schedule: Schedule = Schedule()
     node: ClassVar[str]  # id of the node, for messages
+    rank: ClassVar[int] = 0  # lower ranks come first in each place
     needs_negative: ClassVar[bool] = False  # also where the sampler's cfg is 1
     exclusive: ClassVar[bool] = False  # two of it at the same time have no meaning
 
@@ -61,28 +97,47 @@ class Term:
         """Checks the term against model, sampler and sigmas before the first step; raises ValueError."""
 
     def branches(self, model):
-        """The `Weak` predictions it needs while it is active, on this ModelPatcher; raises ValueError."""
+        """The `Weak`, `Text`, `Other` predictions it needs while it is active, on this ModelPatcher."""
         return ()
+
+    def taps(self, model):
+        """Attention to look at while the network runs: [(role, layers, look)], look(AttnCall, call)."""
+        return ()
+
+    def level(self, cfg, weight, run):
+        """The cfg of this evaluation in place of `cfg`; 1 spares the negative."""
+        return cfg
+
+    def instead(self, call, weight):
+        """D in place of this evaluation, which then asks the network nothing; None to go on."""
+        return None
+
+    def observe(self, call, weight):
+        """Sees the predictions of this evaluation before they are combined."""
 
     def reshape(self, difference, positive, call, weight):
         """d' from d; may be another node's edit of both predictions that comes in."""
         return difference
 
-    def scale(self, w):
-        """The guidance weight in place of the sampler's `w`."""
+    def scale(self, w, difference, call, weight):
+        """The weight of d in place of `w`: a number or a tensor [B, 1, ...]."""
         return w
 
-    def add(self, positive, weak, weight):
-        """What is added to the guided D, from D_positive and one D per branch; None for nothing."""
+    def add(self, call, extra, weight):
+        """What is added to the guided D, from `call.predictions` and one D per branch; None for nothing."""
         return None
 
-    def step(self, denoised, call):
+    def transform(self, denoised, call, weight):
+        """D in place of the guided D."""
+        return denoised
+
+    def step(self, denoised, call, weight):
         """The D to hand to the sampler."""
         return denoised
 
 
 # a term that overrides one of these works only where the guider's result is CFG of positive and negative
-PAIRWISE = ("reshape", "scale", "step")
+PAIRWISE = ("level", "observe", "reshape", "scale", "transform", "step")
 
 
 def overrides(term, place):
@@ -106,6 +161,7 @@ def steer(model, term):
     if not term.off:
         with blame(term):
             term.branches(model)
+            term.taps(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
         install(model)
     return model
@@ -113,4 +169,4 @@ def steer(model, term):
 
 def in_order(model_options):
     """The terms of a model, sorted, so that floating point sums do not depend on the order of the nodes."""
-    return sorted(model_options.get(STACK, ()), key=lambda term: (type(term).__name__, repr(term)))
+    return sorted(model_options.get(STACK, ()), key=lambda term: (term.rank, type(term).__name__, repr(term)))

@@ -39,7 +39,7 @@ def test_unreadable_says_how_to_write(text):
 
 def test_unet_layers_are_those_with_attention():
     network = toy.model().model.diffusion_model
-    found = adapter_of(toy.model().model).self_attention(network)
+    found = tuple(dict.fromkeys(b.layer for b in adapter_of(toy.model().model).blocks(network) if b.attends))
     assert listing(found) == "input.1, input.3, middle, output.0-3"
 
 
@@ -52,7 +52,8 @@ def test_sd15_layers(monkeypatch):
         network = UNetModel(**toy.SD15, num_heads=8, device="meta", dtype=torch.float16)
     from steer.patches.shared.architectures import unet
 
-    assert listing(unet.self_attention(network)) == "input.1-2, input.4-5, input.7-8, middle, output.3-11"
+    found = tuple(dict.fromkeys(block.layer for block in unet.blocks(network) if block.attends))
+    assert listing(found) == "input.1-2, input.4-5, input.7-8, middle, output.3-11"
 
 
 def test_unknown_architecture_is_named():

@@ -1,13 +1,18 @@
 """What differs between networks: how blocks are called, where attention is found, which tokens are what.
 
 An adapter is a module or class with
-    name                                  what users call the architecture
-    matches(diffusion_model)              does it serve this network?
-    self_attention(diffusion_model)       the layers that have self-attention, in forward order
-    edit_self_attention(options, edits)   adds edits to a private copy of one call's transformer_options
+    name                          what users call the architecture
+    matches(diffusion_model)      does it serve this network?
+    blocks(diffusion_model)       its `rows.Block`s in forward order, between embedding and output layer; () where rows
+                                  cannot be told apart (frames of a video in the batch)
+    tail(diffusion_model)         the module after the last block
+    patch(options, rows)          puts what `rows` need into a private copy of one call's transformer_options
+    tagged                        True where attention finds its edits by the block that runs, which takes hooks
 """
 
-from ..layers import resolve
+from contextlib import contextmanager
+
+from ..layers import listing, resolve
 from . import unet
 
 ADAPTERS = (unet,)
@@ -15,9 +20,29 @@ ADAPTERS = (unet,)
 
 def self_attention_layers(model, text, auto):
     """Self-attention layers of a ModelPatcher by name. auto: {adapter name: the method's own default}."""
+    return _layers(model, text, auto, "attends")
+
+
+def skippable_layers(model, text, auto):
+    """Layers of a ModelPatcher that can be left out, by name."""
+    return _layers(model, text, auto, "skippable")
+
+
+def _layers(model, text, auto, part):
     adapter = adapter_of(model.model)
-    available = adapter.self_attention(model.get_model_object("diffusion_model"))
-    return resolve(auto[adapter.name] if text.strip() == "auto" else text, available)
+    blocks = adapter.blocks(model.get_model_object("diffusion_model"))
+    available = tuple(dict.fromkeys(block.layer for block in blocks if getattr(block, part)))
+    if text.strip() == "auto":
+        if adapter.name not in auto:
+            raise ValueError(f'has no "auto" for {adapter.name}; name layers: {listing(available)}.')
+        text = auto[adapter.name]
+    return resolve(text, available)
+
+
+def shared_blocks(model):
+    """The blocks over which rows of one batch may share work; () where there is no adapter."""
+    network = model.get_model_object("diffusion_model")
+    return next((adapter.blocks(network) for adapter in ADAPTERS if adapter.matches(network)), ())
 
 
 def adapter_of(model):
@@ -28,3 +53,18 @@ def adapter_of(model):
             return adapter
     known = ", ".join(adapter.name for adapter in ADAPTERS)
     raise ValueError(f"cannot act on {type(model).__name__} ({type(network).__name__}); supported: {known}.")
+
+
+def needs_hooks(adapter, rows):
+    return bool(rows.shares or rows.skips or (rows.edits and adapter.tagged))
+
+
+@contextmanager
+def hold(adapter, network, options, rows):
+    """`rows` at work in one forward of `network`."""
+    adapter.patch(options, rows)
+    if needs_hooks(adapter, rows):
+        with rows.on(adapter.blocks(network), adapter.tail(network)):
+            yield
+    else:
+        yield

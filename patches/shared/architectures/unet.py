@@ -1,9 +1,13 @@
 """The UNet of SD1.x, SD2.x, SDXL and their kin."""
 
+from functools import partial
+
 from ..attention import AttnCall, attend
 from ..layers import Layer
+from ..rows import Block
 
 name = "UNet (SD1.x, SD2.x, SDXL)"
+tagged = False
 
 
 def matches(diffusion_model):
@@ -12,9 +16,10 @@ def matches(diffusion_model):
     return isinstance(diffusion_model, UNetModel)
 
 
-def self_attention(diffusion_model):
-    """Layers whose transformer blocks attend from the image to itself."""
-    from comfy.ldm.modules.attention import SpatialTransformer
+def blocks(diffusion_model):
+    """The modules inside the blocks: the host calls these, not the blocks."""
+    from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, VideoResBlock
 
     middle = [diffusion_model.middle_block] if diffusion_model.middle_block is not None else []
     groups = (
@@ -22,39 +27,51 @@ def self_attention(diffusion_model):
         ("middle", middle),
         ("output", diffusion_model.output_blocks),
     )
-    return tuple(
-        Layer(group, i)
-        for group, blocks in groups
-        for i, block in enumerate(blocks)
-        if any(isinstance(module, SpatialTransformer) for module in block)
-    )
+    found = []
+    for group, members in groups:
+        for i, member in enumerate(members):
+            for module in member:
+                if isinstance(module, (VideoResBlock, SpatialVideoTransformer)):
+                    return ()
+                attends = isinstance(module, SpatialTransformer)
+                # what adds to its input and keeps the shape
+                residual = isinstance(module, ResBlock) and module.channels == module.out_channels and not module.updown
+                found.append(Block(Layer(group, i), module, ("x",), attends, attends or residual))
+    return tuple(found)
 
 
-def edit_self_attention(options, edits):
-    """Adds edits to one forward call.
+def tail(diffusion_model):
+    return diffusion_model.out
 
-    options: transformer_options of that call, a private shallow copy; changed in place, nested dicts replaced.
-    edits: {Layer: [edit or None, one per chunk of the batch]}.
-    A replacement that another node placed on the same layer is kept: it serves the chunks without an edit.
-    """
+
+def patch(options, rows):
+    """A replacement that another node placed on the same layer is kept: it serves the rows without an edit."""
     replacements = dict(options.get("patches_replace", {}))
     attn1 = replacements["attn1"] = dict(replacements.get("attn1", {}))
     options["patches_replace"] = replacements
-    for layer, chunks in edits.items():
+    for layer in rows.edits:
         block = tuple(layer)
         # (group, index) serves every transformer of the block, (group, index, transformer) takes precedence
         for key in [block, *(key for key in attn1 if key[:2] == block and len(key) == 3)]:
-            attn1[key] = _replacement(layer, chunks, attn1.get(key))
+            attn1[key] = _replacement(layer, rows, attn1.get(key))
+    if rows.shares:
+        patches = options["patches"] = dict(options.get("patches", {}))
+        patches["output_block_patch"] = [partial(_skip_connection, rows), *patches.get("output_block_patch", ())]
 
 
-def _replacement(layer, chunks, previous):
+def _skip_connection(rows, h, hsp, options):
+    """From before some rows joined, for a block where they are."""
+    return h, None if hsp is None else rows.conform(hsp)
+
+
+def _replacement(layer, rows, previous):
     def attn1_replace(q, k, v, extra_options):
         def attention(call, part):
             # whoever attends here sees the options of these chunks alone
             own = {**extra_options, **{name: extra_options[name][part] for name in ("cond_or_uncond", "uuids")}}
             return (previous or _optimized_attention)(call.q, call.k, call.v, own)
 
-        return attend(AttnCall(q, k, v, extra_options["n_heads"], layer), chunks, attention)
+        return attend(AttnCall(q, k, v, extra_options["n_heads"], layer), rows.chunks(layer), attention)
 
     return attn1_replace
 

@@ -1,0 +1,201 @@
+"""The extra branches in the host's own batch: how they get in, and what happens to their rows in the network."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from .architectures import adapter_of, hold, needs_hooks
+from .combine import with_roles
+from .control import Shared, residuals
+from .rows import Rows, Unit
+from .run import weak_uuid
+from .steering import CALL, ROLES, RUN, Other, Text, Weak
+
+COUPLING = "nag"  # in the name of a patch that lets rows of one batch act on each other
+
+
+def calc_cond_batch(executor, model, conds, x, timestep, model_options):
+    options = model_options["transformer_options"]
+    run, call = options.get(RUN), options.get(CALL)
+    if run is None or model is not run.guider.inner_model or ROLES in options:
+        return executor(model, conds, x, timestep, model_options)
+
+    role_of = {id(cond): role for role, cond in run.guider.conds.items()}
+    roles = tuple(role_of.get(id(cond), "other") for cond in conds)  # "other": slices of a context window, say
+    if call is None or call.joined or "positive" not in roles:
+        return executor(model, conds, x, timestep, with_roles(model_options, roles))
+
+    call.joined = True
+    call.index = index = roles.index("positive")
+    # texts first: the later in the list, the earlier in the batch, where other packs find "the" negative
+    branches = sorted((b for b in call.branches if not isinstance(b, Other)), key=lambda b: not isinstance(b, Text))
+    conds, roles, count = list(conds), list(roles), len(conds)
+    if branches:
+        # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so
+        # the first row that other packs find under the positive's index is the positive, and index 1 is the negative.
+        first, *others = branches
+        positive = conds[index]
+        conds[index], *more = call.branch_conds(branches)
+        roles[index] = first
+        conds += [*more, positive]
+        roles += [*others, "positive"]
+    call.shares = run.blocks and unsafe(model_options) is None and not repeated(call.conds["positive"])
+    if call.shares:
+        conds = _share_controls(run, call, conds)
+    options = with_roles(model_options, roles)
+    if "model_function_wrapper" in options:
+        options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
+    out = executor(model, conds, x, timestep, options)
+    if run.spared is not None and "negative" in roles:
+        _spare(run, roles, out)
+    call.predictions.update(zip(roles, out, strict=True))
+    if branches:
+        out[index] = out[-1]
+    return out[:count]
+
+
+def _spare(run, roles, out):
+    """The negative of an item that is spared it is its positive."""
+    positive, at = out[roles.index("positive")], roles.index("negative")
+    spared = torch.tensor(run.spared, device=positive.device).view(-1, *[1] * (positive.ndim - 1))
+    out[at] = positive.where(spared, out[at])
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    options = transformer_options
+    run = options.get(RUN)
+    if run is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if not run.stats.evaluations:
+        raise ValueError(
+            f"Steer: {type(run.guider).__name__} does not call the host's PREDICT_NOISE wrappers, so that steering "
+            "cannot act; use KSampler, CFGGuider or another guider."
+        )
+    call, size = options.get(CALL), x.shape[0]
+    units = _units(run, call, options, size)
+    edits, skips = _edits(run, call, units)
+    rows, held = None, nullcontext()
+    if edits or skips or any(unit.joins for unit in units):
+        options = dict(options)
+        rows = Rows(options, units, size // len(units), edits, skips)
+        adapter = adapter_of(run.model.model)
+        if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
+            raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
+        if rows.shares:
+            control = residuals(control, rows)
+        held = hold(adapter, executor.class_obj.diffusion_model, options, rows)
+    with held:
+        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    run.stats.count(units, x, rows)
+    return out
+
+
+def _units(run, call, options, size):
+    """The batch as units: one per chunk, or one per row where some items are spared their negative."""
+    indices, roles = options["cond_or_uncond"], options.get(ROLES)
+    chunks = [roles[i] if roles else "other" for i in indices]
+    units = [
+        Unit(role, _true_index(call, role, i), uuid, n)
+        for n, (role, i, uuid) in enumerate(zip(chunks, indices, options["uuids"], strict=True))
+    ]
+    if call is None or not call.shares:
+        return units
+    positives = {unit.uuid: n for n, unit in enumerate(units) if unit.role == "positive"}
+    for n, unit in enumerate(units):
+        if isinstance(unit.role, Weak):
+            for uuid, source in positives.items():
+                if weak_uuid(uuid, unit.role) == unit.uuid:
+                    units[n] = replace(unit, source=source, joins=run.depth(unit.role))
+    if run.spared is None or not positives or all(unit.role != "negative" for unit in units):
+        return units
+    return _single_rows(run, units, size // len(units), next(iter(positives.values())))
+
+
+def _single_rows(run, units, size, positive):
+    """Units of one row each; the negative of a spared item comes in after the last block, as a copy of `positive`."""
+    rows = []
+    for unit in units:
+        for row in range(size):
+            source, joins = unit.source, unit.joins
+            if unit.role == "negative" and run.spared[row % run.size]:
+                source, joins = positive, len(run.blocks)
+            rows.append(replace(unit, source=source * size + row, joins=joins))
+    return rows
+
+
+def _edits(run, call, units):
+    """{layer: {role: edit}} and {layer: {roles that leave it out}} for what is in this batch."""
+    edits, skips = {}, {}
+    roles = dict.fromkeys(unit.role for unit in units)
+    for role in roles:
+        if isinstance(role, Weak):
+            for layer in role.layers:
+                if role.edit is None:
+                    skips.setdefault(layer, set()).add(role)
+                else:
+                    edits.setdefault(layer, {})[role] = role.edit
+    for term, _, _ in call.active if call else ():
+        for role, layers, look in run.taps[term]:
+            if role in roles:
+                for layer in layers:
+                    edits.setdefault(layer, {})[role] = partial(look, call=call)
+    return edits, skips
+
+
+def _share_controls(run, call, conds):
+    """The same conds, with ControlNets that are not asked for rows that join later."""
+    shared = {}
+
+    def starters(options, x):
+        units = _units(run, call, options, x.shape[0])
+        chosen = [n for n, unit in enumerate(units) if not unit.joins]
+        whole = len(chosen) == len(units) or len(units) != len(options["cond_or_uncond"])
+        return None if whole else chosen
+
+    def share(cond):
+        if "control" not in cond:
+            return cond
+        control = cond["control"]
+        return {**cond, "control": shared.setdefault(id(control), Shared(control, starters))}
+
+    return [cond if cond is None else [share(c) for c in cond] for cond in conds]
+
+
+def _true_index(call, role, index):
+    """cond_or_uncond as other packs know it: a weak row is a positive one, another text a negative one."""
+    if role == "positive" or isinstance(role, Weak):
+        return call.index if call else index
+    if isinstance(role, Text):
+        return 1 - call.index if call.index < 2 else 1
+    return index
+
+
+def _known_indices(call, roles, wrapper, apply, args):
+    indices = [_true_index(call, roles[i], i) for i in args["cond_or_uncond"]]
+    return wrapper(apply, {**args, "cond_or_uncond": indices})
+
+
+def unsafe(model_options):
+    """Why rows must not be shared under these model_options, or None."""
+    options = model_options["transformer_options"]
+    if "multigpu_clones" in model_options:
+        return "the batch is spread over several GPUs"
+    for patches in options.get("patches", {}).values():
+        if any(COUPLING in getattr(patch, "__qualname__", "").lower() for patch in patches):
+            return "another node lets the rows of a batch act on each other"
+    return unsafe_for_hooks(options)
+
+
+def unsafe_for_hooks(options):
+    """Why hooks on blocks might not be called, or None."""
+    if any("torch.compile" in wrappers for wrappers in options.get("wrappers", {}).values()):
+        return "the model is compiled"
+    return None
+
+
+def repeated(conds):
+    """True when two conds have the same uuid, so that it does not tell which is which."""
+    return max(Counter(cond["uuid"] for cond in conds).values(), default=0) > 1
