@@ -12,12 +12,14 @@ import torch
 
 from . import data, vae
 from .captions import caption
+from .card import card, last_rows
 from .load import load_model, load_vae
 from .portrait import FACTORS, SIZE, draw
 from .reader import load_reader
 from .reading import pair, reconstruct
 
 STEPS, CFG = 20, 5.0
+FLOW = dict(cfg=4.0, scheduler="simple")  # how the DiT is sampled
 
 
 def tensor(pictures):
@@ -25,9 +27,11 @@ def tensor(pictures):
     return (data.to_tensor(pictures, "cpu") + 1) / 2
 
 
-def conditioning(clip, prompts):
-    """One CONDITIONING whose batch holds one prompt per picture."""
-    return [[torch.cat([clip.encode_from_tokens(clip.tokenize(text)) for text in prompts]), {}]]
+def conditioning(clip, prompts, pooled=None):
+    """One CONDITIONING whose batch holds one prompt per picture; `pooled`: other prompts for the pooled vectors."""
+    encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in prompts]
+    context, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    return [[context, {"pooled_output": y if pooled is None else conditioning(clip, pooled)[0][1]["pooled_output"]}]]
 
 
 def sample(models, prompts, seed, **options):
@@ -37,11 +41,13 @@ def sample(models, prompts, seed, **options):
 
 
 @torch.no_grad()
-def sample_noise(models, prompts, noise, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal"):
+def sample_noise(
+    models, prompts, noise, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal", pooled=None
+):
     """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler makes them from `latent` or an empty one."""
     model, clip, decoder = models
     latent = torch.zeros_like(noise) if latent is None else latent
-    conds = conditioning(clip, prompts), conditioning(clip, [""])
+    conds = conditioning(clip, prompts, pooled), conditioning(clip, [""])
     run = dict(steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler, seed=0, disable_pbar=True)
     out = comfy.sample.sample(model, noise, positive=conds[0], negative=conds[1], latent_image=latent, **run)
     return decoder.decode(out).movedim(-1, 1).float()
@@ -59,25 +65,42 @@ def table(rates):
     return {name: round(float(rate), 4) for name, rate in zip(FACTORS, rates, strict=True)}
 
 
-def prompt_hits(reader, models, prompts=64, seeds=4, first=0):
-    """Share of full prompts whose factor shows, per factor, over `seeds` noises; and the contact sheet's pictures."""
+def prompt_hits(reader, models, prompts=64, seeds=4, first=0, **options):
+    """Share of full prompts whose factor shows, per factor, over `seeds` noises; and the contact sheet's pictures.
+
+    `options` go to `sample_noise`."""
     portraits = data.held_out(prompts, 1000)[0]
     texts = [caption(p) for p in portraits]
-    made = [sample(models, texts, first + seed) for seed in range(seeds)]
+    made = [sample(models, texts, first + seed, **options) for seed in range(seeds)]
     return table(torch.cat([hits(reader, x, portraits) for x in made]).float().mean(0)), made[0]
 
 
-def leak(reader, models, count=48):
-    """Hide an unrelated picture's latent under the full starting noise. Where it and the prompt differ in a factor,
-    which of the two does the sample show? {factor: (share as prompted, share as hidden)}."""
+def leak(reader, models, count=48, **options):
+    """Hide an unrelated picture's latent under the full starting noise, and see which of prompt and picture shows."""
     prompted, hidden = data.held_out(count, 2000)[0], data.held_out(count, 3000)
     latent = models[2].encode(torch.from_numpy(hidden[1]).float() / 255)
-    made = sample(models, [caption(p) for p in prompted], 7, latent=latent)
-    as_said, as_hidden = hits(reader, made, prompted), hits(reader, made, hidden[0])
-    differ = torch.tensor([p.indices for p in prompted]) != torch.tensor([p.indices for p in hidden[0]])
+    made = sample(models, [caption(p) for p in prompted], 7, latent=latent, **options)
+    return shown(reader, made, prompted, hidden[0])
+
+
+def heeds(reader, models, count=48, **options):
+    """Give the context of one prompt and the pooled vector of another, and see which of the two shows; then the
+    pooled vector beside an empty context. {factor: (share of context, share of pooled, share of pooled alone)}."""
+    context, pooled = data.held_out(count, 2000)[0], data.held_out(count, 3000)[0]
+    texts = [[caption(p) for p in portraits] for portraits in (context, pooled)]
+    made = sample(models, texts[0], 7, pooled=texts[1], **options)
+    alone = sample(models, [""] * count, 7, pooled=texts[1], **options)
+    right = table(hits(reader, alone, pooled).float().mean(0))
+    return {name: (*pair, right[name]) for name, pair in shown(reader, made, context, pooled).items()}
+
+
+def shown(reader, pictures, these, those):
+    """Where two portraits differ in a factor, which does the picture show? {factor: (share of these, of those)}."""
+    as_these, as_those = hits(reader, pictures, these), hits(reader, pictures, those)
+    differ = torch.tensor([p.indices for p in these]) != torch.tensor([p.indices for p in those])
     count = differ.sum(0).clamp(min=1)
-    said, shown = table((as_said & differ).sum(0) / count), table((as_hidden & differ).sum(0) / count)
-    return {name: (said[name], shown[name]) for name in FACTORS}
+    one, other = table((as_these & differ).sum(0) / count), table((as_those & differ).sum(0) / count)
+    return {name: (one[name], other[name]) for name in FACTORS}
 
 
 def auc(positive, negative):
@@ -113,11 +136,11 @@ def taesd():
     return model.eval()
 
 
-def seconds_per_picture(models):
+def seconds_per_picture(models, **options):
     text = [caption(data.held_out(1, 4000)[0][0])]
-    sample(models, text, 0, steps=2)
+    sample(models, text, 0, steps=2, **options)
     began = time.time()
-    sample(models, text, 1)
+    sample(models, text, 1, **options)
     return round(time.time() - began, 2)
 
 
@@ -144,13 +167,23 @@ def _unet(out):
     return rates
 
 
+def _dit(out):
+    rates, pictures = prompt_hits(load_reader(), load_model("dit"), PROMPTS, SEEDS, **FLOW)
+    sheet(pictures[:40], out / "sheet_dit.jpg")
+    return rates
+
+
 MEASURES = {
     "vae": _vae,
     "reader": lambda out: reader_report(load_reader()),
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
+    "dit": _dit,
     "leak": lambda out: leak(load_reader(), load_model("unet")),
+    "dit-leak": lambda out: leak(load_reader(), load_model("dit"), **FLOW),
+    "dit-heeds": lambda out: heeds(load_reader(), load_model("dit"), **FLOW),
     "seconds": lambda out: seconds_per_picture(load_model("unet")),
+    "dit-seconds": lambda out: seconds_per_picture(load_model("dit"), **FLOW),
     "megabytes": lambda out: round(sum(p.stat().st_size for p in out.glob("*.safetensors")) / 2**20, 1),
 }
 
@@ -165,86 +198,5 @@ def write_card(out, only=()):
         data.write_json(path, scores)
         print(name, json.dumps(value))
     if set(scores) == set(MEASURES):
-        (out / "card.md").write_text(card(scores, last_rows(out / "training.csv")))
-
-
-def last_rows(path):
-    """The last logged value of every (stage, name), with its step, samples and seconds."""
-    with path.open() as f:
-        rows = [line.strip().split(",") for line in f][1:]
-    return {(stage, name): (int(a), int(b), int(c), value) for stage, a, b, c, name, value in rows}
-
-
-def card(scores, log):
-    """The model card in Markdown."""
-    mean = {which: sum(scores[which].values()) / len(FACTORS) for which in ("unet", "unet-weak")}
-    seen = {name: scores["reader"][name] for name in ("renders", "reconstructions")}
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {seen['renders']['accuracy'][name]:.3f} "
-        f"| {seen['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
-        f"| {scores['unet-weak'][name]:.3f} | {scores['leak'][name][0]:.2f} / {scores['leak'][name][1]:.2f} |"
-        for name, values in FACTORS.items()
-    )
-    stages = "\n".join(
-        f"| {stage} | {step} | {samples} | {seconds / 60:.1f} | {name} {value} |"
-        for (stage, name), (step, samples, seconds, value) in log.items()
-        if name in ("loss", "psnr", "eps_error", "accuracy")
-    )
-    r2 = {name: ", ".join(f"{v:.2f}" for v in x["geometry_r2"]) for name, x in seen.items()}
-    auc = {name: x["identity_auc"] for name, x in seen.items()}
-    fixed = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG)
-    return CARD.format(rows=rows, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
-
-
-CARD = """# The lab models
-
-Tiny models that ship with Steer, trained from nothing on portraits drawn by `models/lab/portrait.py`. They make every
-method runnable in seconds and its effect measurable. They prove an implementation, not the picture quality that the
-same method reaches on a large model. {megabytes} MB together, fp16, Apache-2.0, no third-party data.
-
-This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train.py eval`.
-
-![samples](sheet.jpg)
-
-## Parts
-
-| file | network | serves as |
-|---|---|---|
-| vae.safetensors | TAESD, 8x, 4 channels | VAE |
-| text.safetensors | CLIP text transformer, 2 layers, 128 wide; one token row for all words unknown to captions | CLIP |
-| unet.safetensors | UNetModel, 64 channels, 16x16 and 8x8, attention everywhere, eps-prediction | MODEL |
-| unet_weak.safetensors | the same network early in its training | MODEL |
-| reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
-
-## Recipe
-
-`python models/lab/train.py all`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices and
-convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
-Text: first taught to name the factors of a caption, then trained with the UNet for the first eighth, then frozen.
-UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
-noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with
-random omissions, order and unknown words; the transformers at 16x16 join late, so that the level at 8x8 and the middle
-are used. Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents.
-
-| stage | steps | samples | minutes | last logged |
-|---|---|---|---|---|
-{stages}
-
-## Figures
-
-VAE on 256 held-out renders: PSNR {vae[psnr]} dB on average, {vae[psnr_min]} dB at worst.
-A {steps}-step picture at CFG {cfg} took {seconds} s with one CPU thread, text encoding and decoding included.
-
-Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose factor the reader finds in the sample
-(euler, normal, {steps} steps, CFG {cfg}). Mean {mean[unet]:.3f}; the weaker sibling {mean[unet-weak]:.3f} (one noise).
-Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
-that show the factor as prompted / as hidden.
-
-| factor | chance | reader: renders | reader: through VAE | prompt hits | weaker | leak: prompted / hidden |
-|---|---|---|---|---|---|---|
-{rows}
-
-Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {auc[renders]} on renders,
-{auc[reconstructions]} through the VAE. R2 of the geometry (face aspect, eye spacing, eye size, nose length, mouth
-width, brow angle): {r2[renders]} on renders; {r2[reconstructions]} through the VAE.
-"""
+        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW)
+        (out / "card.md").write_text(card(scores, last_rows(out / "training.csv"), **how))

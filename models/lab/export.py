@@ -24,6 +24,11 @@ def unet(work, out, which, checkpoint):
     save_file(_half(weights), out / MODELS[which], metadata={"latents": json.dumps(latents.moments(work))})
 
 
+def dit(work, out):
+    weights = common.restore(work / "dit.ckpt")["average"]
+    save_file(_half(weights), out / MODELS["dit"], metadata={"latents": json.dumps(latents.moments(work))})
+
+
 def text(work, out, checkpoint):
     """Only the rows of the token table that captions use; the last row stands for every other token."""
     average = common.restore(work / checkpoint)["average"]
@@ -44,6 +49,7 @@ def run(work, out, weak):
     vae(work, out)
     unet(work, out, "unet", "unet.ckpt")
     unet(work, out, "unet-weak", weak)
+    dit(work, out)
     text(work, out, "unet.ckpt")
     reader(work, out)
     size = sum(p.stat().st_size for p in out.glob("*.safetensors")) / 2**20

@@ -1,6 +1,7 @@
 """The lab models as ordinary MODEL, CLIP and VAE objects of the host.
 
     MODEL  the host's UNetModel, eps-prediction, Stable Diffusion's noise schedule      unet.safetensors
+           or the host's Flux, rectified flow                                           dit.safetensors
     CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
     VAE    the host's TAESD architecture                                                vae.safetensors
 """
@@ -20,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = {"unet": "unet.safetensors", "unet-weak": "unet_weak.safetensors"}
+MODELS = {"unet": "unet.safetensors", "unet-weak": "unet_weak.safetensors", "dit": "dit.safetensors"}
 LATENT_STD = 0.4  # at std 1 the starting noise would still show the layout: Stable Diffusion's schedule ends at SNR > 0
+FLOW_STD = 1.0  # of the DiT's latents: rectified flow starts at pure noise
 TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
 UNET = dict(
     image_size=16,
@@ -40,27 +42,52 @@ UNET = dict(
     use_checkpoint=False,
     legacy=False,
 )
+TOKENS = 48  # context of the DiT; its cost grows with every token, and captions have 41 at most
+DIT = dict(
+    image_model="flux",
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    vec_in_dim=TEXT["hidden_size"],
+    context_in_dim=TEXT["hidden_size"],
+    hidden_size=192,
+    mlp_ratio=4.0,
+    num_heads=3,
+    depth=3,
+    depth_single_blocks=5,
+    axes_dim=[16, 24, 24],
+    theta=100,
+    qkv_bias=True,
+    guidance_embed=False,
+    txt_ids_dims=[],
+)
 
 
 class LabLatent(comfy.latent_formats.LatentFormat):
-    """Whitens each channel of the VAE's latents to LATENT_STD."""
+    """Whitens each channel of the VAE's latents to the standard deviation `scale`."""
 
-    def __init__(self, stats):
+    def __init__(self, stats, scale=LATENT_STD):
+        self.scale = scale
         self.mean, self.std = (torch.tensor(stats[k]).view(1, 4, 1, 1) for k in ("mean", "std"))
-        self.latent_rgb_factors = stats["rgb_factors"]
+        self.latent_rgb_factors = [[f * (LATENT_STD / scale) for f in row] for row in stats["rgb_factors"]]
         self.latent_rgb_factors_bias = stats["rgb_bias"]
 
     def process_in(self, latent):
-        return (latent - self.mean.to(latent)) / self.std.to(latent) * LATENT_STD
+        return (latent - self.mean.to(latent)) / self.std.to(latent) * self.scale
 
     def process_out(self, latent):
-        return latent / LATENT_STD * self.std.to(latent) + self.mean.to(latent)
+        return latent / self.scale * self.std.to(latent) + self.mean.to(latent)
 
 
 class LabConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     memory_usage_factor = 1.0
     supported_inference_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+
+class LabFlowConfig(LabConfig):
+    unet_extra_config = {}
+    sampling_settings = {"shift": 0.0}  # the exponent of Flux's time shift: sigma = t
 
 
 class LabSDTokenizer(comfy.sd1_clip.SDTokenizer):
@@ -77,7 +104,8 @@ class LabTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 class LabTextModel(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
-        options = {**(model_options or {}), "clip_l_model_config": TEXT}
+        options = model_options or {}
+        options = {**options, "clip_l_model_config": {**TEXT, **options.get("clip_l_model_config", {})}}
         super().__init__(device=device, dtype=dtype, model_options=options)
 
 
@@ -89,8 +117,16 @@ def unet_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **cha
     return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device(device))
 
 
+def dit_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **changes):
+    """A host Flux with uninitialised weights; `stats` are the latents' moments (see LabLatent)."""
+    config = LabFlowConfig({**DIT, **changes})
+    config.latent_format = LabLatent(stats, FLOW_STD)
+    config.set_inference_dtype(dtype, manual_cast)
+    return comfy.model_base.Flux(config, device=torch.device(device))
+
+
 def load_unet(which="unet", disable_dynamic=False):
-    """-> ModelPatcher. Runs in the precision the host picks for its device (fp32 on a CPU)."""
+    """Any of MODELS -> ModelPatcher. Runs in the precision the host picks for its device (fp32 on a CPU)."""
     mm, path = comfy.model_management, WEIGHTS / MODELS[which]
     with safe_open(path, "pt") as f:
         stats = json.loads(f.metadata()["latents"])
@@ -99,7 +135,8 @@ def load_unet(which="unet", disable_dynamic=False):
     supported = LabConfig.supported_inference_dtypes
     count = sum(w.numel() for w in weights.values())
     dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
-    model = unet_model(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
+    build = dit_model if which == "dit" else unet_model
+    model = build(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
     kind = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:
         kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
@@ -110,9 +147,19 @@ def load_unet(which="unet", disable_dynamic=False):
     return patcher
 
 
-def load_clip(**options):
-    """-> CLIP. Tokens that no caption uses all share the row trained for unknown words."""
-    weights = load_file(WEIGHTS / "text.safetensors")
+def load_clip(which="unet", **options):
+    """-> CLIP. Tokens that no caption uses all share the row trained for unknown words.
+
+    For the DiT a prompt is cut into pieces of TOKENS instead of 77; the encoder is causal, so the numbers are the same.
+    """
+    weights, position = load_file(WEIGHTS / "text.safetensors"), "text_model.embeddings.position_embedding.weight"
+    if which == "dit":
+        weights[position] = weights[position][:TOKENS]
+    length = len(weights[position])
+    options |= dict(
+        tokenizer_data={"clip_l_max_length": length},
+        model_options={"clip_l_model_config": {"max_position_embeddings": length}},
+    )
     clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(LabTokenizer, LabTextModel), **options)
     table = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
     ids, rows = weights.pop("token_ids"), weights.pop("token_rows")
@@ -122,12 +169,12 @@ def load_clip(**options):
     missing, unexpected = clip.load_sd({k: w.to(table.dtype) for k, w in weights.items()})
     if missing or unexpected:
         raise RuntimeError(f"text.safetensors does not fit the text encoder: {missing=}, {unexpected=}")
-    clip.patcher.cached_patcher_init = (load_clip_patcher, ())
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (which,))
     return clip
 
 
-def load_clip_patcher(**options):
-    return load_clip(**options).patcher
+def load_clip_patcher(which="unet", **options):
+    return load_clip(which, **options).patcher
 
 
 def load_vae():
@@ -146,4 +193,4 @@ def load_model(which="unet"):
     """-> (MODEL, CLIP, VAE) for one of MODELS."""
     if which not in MODELS:
         raise ValueError(f"SteerLabModel: model={which!r} is unknown; choose one of {', '.join(MODELS)}.")
-    return load_unet(which), load_clip(), load_vae()
+    return load_unet(which), load_clip(which), load_vae()

@@ -7,6 +7,7 @@
     python models/lab/train.py text                teach the text encoder its words
     python models/lab/train.py reader              the reader, first on renders, then also through the VAE
     python models/lab/train.py unet                Lab-UNet and the text encoder
+    python models/lab/train.py dit                 Lab-DiT, on the UNet's text encoder
     python models/lab/train.py export              fp16 safetensors beside this file
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
@@ -22,8 +23,10 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "export", "eval")
-MINUTES = {"vae": 20.5, "unet": 31}
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "eval")
+MINUTES = {"vae": 20.5, "unet": 31, "dit": 75}
+PARTS = ("vae", "reader", "unet", "unet-weak", "dit", "leak", "dit-leak", "dit-heeds", "seconds", "dit-seconds",
+         "megabytes")  # fmt: skip
 
 
 def arguments():
@@ -31,15 +34,14 @@ def arguments():
     parser.add_argument("stage", choices=("all", *STAGES))
     work = ROOT / ".steer" / "lab"
     parser.add_argument("--work", type=Path, default=work, help="checkpoints and data (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help=f"training budget of vae or unet (default: {MINUTES})")
+    parser.add_argument("--minutes", type=float, help=f"training budget of vae, unet or dit (default: {MINUTES})")
     parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="batch of vae (16) or unet (48)")
+    parser.add_argument("--batch", type=int, help="batch of vae (16), unet (48) or dit (48)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
-    parts = ("vae", "reader", "unet", "unet-weak", "leak", "seconds", "megabytes")
-    parser.add_argument("--only", nargs="+", default=(), choices=parts, help="eval: measure these parts anew")
+    parser.add_argument("--only", nargs="+", default=(), choices=PARTS, help="eval: measure these parts anew")
     return parser.parse_args()
 
 
@@ -62,6 +64,8 @@ def run(stage, o):
     elif stage == "unet":
         budget = 60 * (o.minutes or MINUTES["unet"])
         module("unet").train(o.work, budget, o.batch or 48, seed=o.seed)
+    elif stage == "dit":
+        module("dit").train(o.work, 60 * (o.minutes or MINUTES["dit"]), o.batch or 48, seed=o.seed)
     elif stage == "export":
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)

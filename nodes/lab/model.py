@@ -9,19 +9,22 @@ class LabModel(io.ComfyNode):
             display_name="Lab Model",
             category="steer/lab",
             description="A tiny text-to-image model that ships with the pack and draws 128x128 cartoon portraits in "
-            "seconds on any machine. Same parts and same sockets as Stable Diffusion 1.5, so every method can be "
-            "tried and measured on it. Use a 128x128 empty latent.",
-            search_aliases=["lab", "test model", "tiny model", "load lab", "checkpoint", "weak model", "autoguidance"],
+            "seconds on any machine. As a UNet it has the parts and sockets of Stable Diffusion 1.5, as a DiT those of "
+            "Flux, so every method can be tried and measured on it. Use a 128x128 empty latent.",
+            search_aliases=[
+                "lab", "test model", "tiny model", "load lab", "checkpoint", "weak model", "autoguidance", "flux",
+                "dit", "rectified flow",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=["unet", "unet-weak"],
-                    tooltip="unet: the trained model. unet-weak: the same network early in its training, for methods "
-                    "that guide with a weaker sibling.",
+                    options=["unet", "unet-weak", "dit"],
+                    tooltip="unet: the trained UNet. unet-weak: the same network early in its training, for methods "
+                    "that guide with a weaker sibling. dit: a small Flux, for methods on transformers and flows.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The diffusion model (eps-prediction, 16x16 latents)."),
+                io.Model.Output(tooltip="The diffusion model (unet: eps-prediction; dit: rectified flow)."),
                 io.Clip.Output(tooltip="Its text encoder. It knows the words of Lab Portrait's captions."),
                 io.Vae.Output(tooltip="Its VAE."),
             ],

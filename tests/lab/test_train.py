@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steer.models.lab import common, data, latents, unet, vae
+from steer.models.lab import common, data, dit, latents, unet, vae
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +45,23 @@ def test_unet_trains_every_part_and_resumes(work):
     assert again["step"] > first["step"] and again["seconds"] >= 7
 
 
+def test_dit_trains_every_part_and_resumes(work):
+    unet.train(work, budget=1, batch=2)
+    dit.train(work, budget=4, batch=4)
+    first = torch.load(work / "dit.ckpt", weights_only=True)
+    assert first["step"] > 3
+    assert [name for name, w in first["model"].items() if not w.any()] == []
+    dit.train(work, budget=6, batch=4)
+    again = torch.load(work / "dit.ckpt", weights_only=True)
+    assert again["step"] > first["step"] and again["seconds"] >= 6
+
+
+def test_times_cover_the_flow_and_dwell_in_its_middle():
+    t = dit.times(4000, "cpu")
+    assert 0 < t.min() < 0.03 and 0.97 < t.max() < 1
+    assert 0.2 < (t - 0.5).abs().mean() < 0.25
+
+
 def test_vae_resumes(work):
     first = torch.load(work / "vae.ckpt", weights_only=True)
     vae.train(work, budget=first["seconds"] + 2, batch=2)
@@ -54,5 +71,5 @@ def test_vae_resumes(work):
 def test_the_command_explains_itself():
     command = [sys.executable, str(ROOT / "models" / "lab" / "train.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for stage in ("data", "vae", "latents", "text", "reader", "unet", "export", "eval"):
+    for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "eval"):
         assert stage in text

@@ -1,0 +1,103 @@
+"""The model card: figures of scores.json and training.csv in words."""
+
+from .portrait import FACTORS
+
+
+def last_rows(path):
+    """The last logged value of every (stage, name), with its step, samples and seconds."""
+    with path.open() as f:
+        rows = [line.strip().split(",") for line in f][1:]
+    return {(stage, name): (int(a), int(b), int(c), value) for stage, a, b, c, name, value in rows}
+
+
+def card(scores, log, **fixed):
+    """The model card in Markdown; `fixed` says how it was measured."""
+    mean = {which: sum(scores[which].values()) / len(FACTORS) for which in ("unet", "unet-weak", "dit")}
+
+    def shares(which, name):
+        return " / ".join(f"{share:.2f}" for share in scores[which][name])
+
+    seen = {name: scores["reader"][name] for name in ("renders", "reconstructions")}
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {seen['renders']['accuracy'][name]:.3f} "
+        f"| {seen['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
+        f"| {scores['unet-weak'][name]:.3f} | {scores['dit'][name]:.3f} "
+        f"| {shares('leak', name)} | {shares('dit-leak', name)} | {shares('dit-heeds', name)} |"
+        for name, values in FACTORS.items()
+    )
+    stages = "\n".join(
+        f"| {stage} | {step} | {samples} | {seconds / 60:.1f} | {name} {value} |"
+        for (stage, name), (step, samples, seconds, value) in log.items()
+        if name in ("loss", "psnr", "eps_error", "accuracy")
+    )
+    r2 = {name: ", ".join(f"{v:.2f}" for v in x["geometry_r2"]) for name, x in seen.items()}
+    auc = {name: x["identity_auc"] for name, x in seen.items()}
+    return CARD.format(rows=rows, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
+
+
+CARD = """# The lab models
+
+Tiny models that ship with Steer, trained from nothing on portraits drawn by `models/lab/portrait.py`. They make every
+method runnable in seconds and its effect measurable. They prove an implementation, not the picture quality that the
+same method reaches on a large model. {megabytes} MB together, fp16, Apache-2.0, no third-party data.
+
+This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train.py eval`; so is `sheet_dit.jpg`.
+
+UNet:
+
+![samples of the UNet](sheet.jpg)
+
+DiT:
+
+![samples of the DiT](sheet_dit.jpg)
+
+## Parts
+
+| file | network | serves as |
+|---|---|---|
+| vae.safetensors | TAESD, 8x, 4 channels | VAE |
+| text.safetensors | CLIP text transformer, 2 layers, 128 wide; one token row for all words unknown to captions | CLIP |
+| unet.safetensors | UNetModel, 64 channels, 16x16 and 8x8, attention everywhere, eps-prediction | MODEL |
+| unet_weak.safetensors | the same network early in its training | MODEL |
+| dit.safetensors | Flux, 192 wide, 3 double and 5 single blocks, 64 image and 48 text tokens, rectified flow | MODEL |
+| reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
+
+## Recipe
+
+`python models/lab/train.py all`, resumable, on one core of a CPU with bf16 instructions. Muon for matrices and
+convolutions, Adam for the rest, weight averages shipped. VAE: 64x64 crops, L1 + 10 L2 + 0.25 edges, latent noise.
+Text: first taught to name the factors of a caption, then trained with the UNet for the first eighth, then frozen.
+UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
+noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with
+random omissions, order and unknown words; the transformers at 16x16 join late, so that the level at 8x8 and the middle
+are used. DiT: latents whitened to a standard deviation of 1, times halfway between uniform and logit-normal,
+the UNet's text encoder as it is, the same captions; the pooled vector is zero for 30 % of the pictures, so that the
+context is read, and the context empty for 25 %, so that the pooled vector is heard where the context is silent.
+Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents.
+
+| stage | steps | samples | minutes | last logged |
+|---|---|---|---|---|
+{stages}
+
+## Figures
+
+VAE on 256 held-out renders: PSNR {vae[psnr]} dB on average, {vae[psnr_min]} dB at worst.
+A {steps}-step picture of the UNet took {seconds} s with one CPU thread, of the DiT {dit-seconds} s, text encoding
+and decoding included.
+
+Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose factor the reader finds in the sample
+({steps} steps of euler; UNet normal, CFG {cfg}; DiT {flow[scheduler]}, CFG {flow[cfg]}). Mean {mean[unet]:.3f}; the
+weaker sibling {mean[unet-weak]:.3f} (one noise); the DiT {mean[dit]:.3f}.
+Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
+that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
+of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the
+pooled vector's factor when the context is that of the empty prompt.
+
+| factor | chance | reader: renders | through VAE | UNet hits | weaker | DiT hits | UNet leak | DiT leak | DiT heeds |
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {auc[renders]} on renders,
+{auc[reconstructions]} through the VAE. R2 of the geometry (face aspect, eye spacing, eye size, nose length, mouth
+width, brow angle): {r2[renders]} on renders; {r2[reconstructions]} through the VAE.
+"""
