@@ -15,7 +15,6 @@ sys.path += [str(HERE), str(ROOT / "tests")]
 
 import host  # noqa: E402
 
-HELP = {"guidance-pag": "SteerPAG", "guidance-apg": "SteerAPG", "guidance-cfgpp": "SteerCFGPP"}
 README = ["guidance-pag", "guidance-apg", "guidance-cfgpp"]
 
 
@@ -36,6 +35,22 @@ def rows_of(name):
         return [[Image.open(local.fetch(item)).convert("RGB") for item in shown[n]["images"]] for n in saving]
 
 
+def methods():
+    """{workflow: id of the node of the method it shows}, for those whose page has a picture."""
+    from steer.nodes import discover
+
+    pages = {}
+    for node in discover():
+        room, method = node.__module__.split(".")[-2:]
+        if room != "lab":
+            pages.setdefault(f"{room}-{method}", node.define_schema().node_id)
+    return {name: node for name, node in pages.items() if "off-on.jpg" in page(node)}
+
+
+def page(node):
+    return (ROOT / "nodes" / "help" / "docs" / node / "en.md").read_text(encoding="utf-8")
+
+
 def sheet(rows, gap=4):
     from PIL import Image
 
@@ -50,13 +65,14 @@ def sheet(rows, gap=4):
 def main():
     names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.json"))
     host.enter()
+    pages = methods()
     made = {}
     for name in names:
         rows = made[name] = rows_of(name)
         targets = [HERE / f"{name}.jpg"]
-        if name in HELP:
+        if name in pages:
             rows = rows[:2]
-            targets.append(ROOT / "nodes" / "help" / "docs" / HELP[name] / "off-on.jpg")
+            targets.append(ROOT / "nodes" / "help" / "docs" / pages[name] / "off-on.jpg")
         for path in targets:
             sheet(rows).save(path, quality=88)
             print(path.relative_to(ROOT))

@@ -69,8 +69,8 @@ def test_cfgpp_paths_are_smoother():
 @pytest.mark.parametrize("layer", ["input.1", "input.3", "middle", "output.0", "output.1", "output.2", "output.3"])
 def test_every_attention_layer_of_the_lab_can_be_perturbed(layer):
     models = lab()[0]
-    layers = adapter_of(models[0].model).self_attention(models[0].model.diffusion_model)
-    assert layer in map(str, layers)
+    blocks = adapter_of(models[0].model).blocks(models[0].model.diffusion_model)
+    assert layer in {str(block.layer) for block in blocks if block.attends}
     prompts = ["a comic portrait of a happy person, glasses", "a flat portrait, a top hat"]
     plain = sample(models, prompts, 0, steps=6, cfg=2.0)
     perturbed = sample((pag.apply(models[0], 3.0, layer, ALWAYS), *models[1:]), prompts, 0, steps=6, cfg=2.0)
