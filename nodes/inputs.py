@@ -5,12 +5,12 @@ from comfy_api.latest import io
 from ..patches.shared.schedule import Schedule
 
 
-def window():
+def window(start=0.0, end=1.0):
     """start_percent and end_percent, as every Steer node has them."""
     return [
         io.Float.Input(
             "start_percent",
-            default=0.0,
+            default=start,
             min=0.0,
             max=1.0,
             step=0.001,
@@ -20,7 +20,7 @@ def window():
         ),
         io.Float.Input(
             "end_percent",
-            default=1.0,
+            default=end,
             min=0.0,
             max=1.0,
             step=0.001,
@@ -29,6 +29,16 @@ def window():
             advanced=True,
         ),
     ]
+
+
+def layers(verb, auto):
+    """Names of layers; `verb` says what happens to them, `auto` what "auto" stands for."""
+    return io.String.Input(
+        "layers",
+        default="auto",
+        tooltip=f'Which layers to {verb}: "auto" ({auto}), "middle", "output.3-5", "input.8" on UNets, "double.7-9", '
+        '"single" on DiTs, "50%-70%" of the depth, or several with commas. More layers push harder.',
+    )
 
 
 def curve(of):

@@ -1,8 +1,9 @@
 """Adaptive Projected Guidance (Sadat et al. 2024, arXiv 2410.02416)."""
 
+import math
 from dataclasses import dataclass
 
-from ..shared.steering import Term, steer
+from ..shared.steering import Term, number, steer
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class APG(Term):
     beta: float = -0.5
     node = "SteerAPG"
     exclusive = True
+
+    def check(self):
+        number("eta", self.eta, -math.inf)
+        number("norm_threshold", self.r)
+        number("momentum", self.beta, -math.inf)
 
     def reshape(self, difference, positive, call, weight):
         d = difference

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..shared.steering import RUN, Term, steer
+from ..shared.steering import RUN, Term, number, steer
 
 SOLVERS = ("euler", "euler_ancestral", "dpmpp_2m")
 
@@ -22,6 +22,9 @@ class CFGPP(Term):
     node = "SteerCFGPP"
     needs_negative = True
     exclusive = True
+
+    def check(self):
+        number("strength", self.lam)
 
     @property
     def off(self):

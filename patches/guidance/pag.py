@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..shared.architectures import self_attention_layers, unet
-from ..shared.steering import Term, Weak, steer
+from ..shared.steering import Term, Weak, number, steer
 
 # the paper's choice for Stable Diffusion
 AUTO = {unet.name: "middle"}
@@ -21,6 +21,9 @@ class PAG(Term):
     s: float = 3.0
     layers: str = "auto"
     node = "SteerPAG"
+
+    def check(self):
+        number("scale", self.s)
 
     @property
     def off(self):

@@ -3,6 +3,7 @@
 from ..shared.steering import blame, in_order, overrides
 
 PLACES = {
+    "level": "sets the cfg",
     "reshape": "reshapes the guidance difference",
     "scale": "sets the guidance weight",
     "add": "adds a difference",
@@ -35,7 +36,11 @@ def describe(model, cfg=True):
     for first, last in zip(edges, edges[1:], strict=False):
         active = [t for t in terms if t.schedule.start_percent <= first and t.schedule.end_percent >= last]
         rows = ["positive"]
-        if cfg or any(term.needs_negative for term in active):
+        w = 2.0 if cfg else 1.0
+        for term in terms:
+            if overrides(term, "level") and not overrides(term, "observe"):
+                w = term.level(w, float(term in active), None)
+        if w != 1.0 or any(term.needs_negative for term in active):
             rows.append("negative")
         rows += sorted({str(branch) for term in active for branch in branches[term]})
         lines.append(f"  {first:.0%} to {last:.0%}: {len(rows)} rows in 1 call ({', '.join(rows)})")

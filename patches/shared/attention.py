@@ -17,6 +17,7 @@ class AttnCall:
     mask: additive or boolean, broadcastable to [B, heads, N, M], or None.
     kind: "self", "cross" or "joint" (text and image in one sequence).
     text, image: (first, last) token of the sequence that holds text and image; last None for its end.
+    shape: of the latent that this forward works on, [B, C, (T,) H, W].
     """
 
     q: torch.Tensor
@@ -28,6 +29,22 @@ class AttnCall:
     mask: torch.Tensor | None = None
     text: tuple[int, int | None] = (0, 0)
     image: tuple[int, int | None] = (0, None)
+    shape: tuple[int, ...] = ()
+
+    def grid(self):
+        """(T, H, W) of the image tokens; ValueError where they do not lie on a grid."""
+        tokens = len(range(self.q.shape[1])[slice(*self.image)])
+        *frames, height, width = self.shape[2:] if len(self.shape) > 3 else (0, 0)
+        for t in {frames[0], 1 + (frames[0] - 1) // 2, 1} if frames else (1,):
+            h, w = height, width
+            while h * w * t > tokens and (h > 1 or w > 1):
+                h, w = (h + 1) // 2, (w + 1) // 2  # as strided convolutions and patches leave them
+            if h * w * t == tokens:
+                return t, h, w
+        raise ValueError(
+            f"{tokens} image tokens in layer {self.layer} do not cover the latent {tuple(self.shape)} as a grid; "
+            "another node (tiling, token merging, reference images) has changed them."
+        )
 
     def rows(self, first, last):
         """The same call for rows first..last of the batch."""

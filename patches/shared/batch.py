@@ -80,7 +80,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     rows, held = None, nullcontext()
     if edits or skips or any(unit.joins for unit in units):
         options = dict(options)
-        rows = Rows(options, units, size // len(units), edits, skips)
+        rows = Rows(options, units, x.shape, edits, skips)
         adapter = adapter_of(run.model.model)
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
@@ -141,7 +141,7 @@ def _edits(run, call, units):
         for role, layers, look in run.taps[term]:
             if role in roles:
                 for layer in layers:
-                    edits.setdefault(layer, {})[role] = partial(look, call=call)
+                    edits.setdefault(layer, {})[role] = partial(look, call=call, role=role)
     return edits, skips
 
 

@@ -22,6 +22,7 @@ class Block:
 
     streams: names of the forward's arguments that hold the hidden states, in the order of its outputs.
     attends: holds the self-attention of its layer.  skippable: what comes out has the shape of what went in.
+    arguments: names of the forward's first arguments, where its signature does not tell.
     """
 
     layer: Layer
@@ -29,6 +30,7 @@ class Block:
     streams: tuple[str, ...]
     attends: bool = True
     skippable: bool = True
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class Unit:
 class Rows:
     """The rows of one forward: which are in it right now, and what is done to their attention.
 
-    units: the whole batch, in order.  size: rows per unit.
+    units: the whole batch, in order.  shape: of the latent in it.
     edits: {Layer: {role: edit}}.  skips: {Layer: {role}}, blocks that these roles leave out.
     """
 
-    def __init__(self, options, units, size, edits, skips):
-        self.units, self.size, self.edits, self.skips = units, size, edits, skips
+    def __init__(self, options, units, shape, edits, skips):
+        self.units, self.shape, self.edits, self.skips = units, tuple(shape), edits, skips
+        self.size = size = shape[0] // len(units)  # rows per unit
         self.joins = sorted({0, *(unit.joins for unit in units)})
         everyone = tuple(range(len(units)))
         self.stages = [tuple(u for u in everyone if units[u].joins <= joins) for joins in self.joins]
@@ -100,6 +103,8 @@ class Rows:
         stage = self.present if stage is None else stage
         if isinstance(value, torch.Tensor):
             have = self.counts.get(value.shape[0]) if value.ndim else None
+            if value.ndim and value.shape[0] == 2 * len(self.units) * self.size and stage != (*range(len(self.units)),):
+                return self._halves(value, lambda half: self.conform(half, stage))
             if have is None or have == stage:
                 return value
             key = id(value), stage

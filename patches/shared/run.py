@@ -87,15 +87,15 @@ class Run:
     def _warn(self, term, window):
         """Says so when the term can have no effect in this run."""
         levels = any(overrides(other, "level") for other in in_order(self.guider.model_options))
+        everywhere = overrides(term, "level") and not overrides(term, "observe")  # sets the cfg outside its window too
         why = None
-        if not any(window.weight(float(sigma)) for sigma in self.sigmas[:-1]):
+        if not everywhere and not any(window.weight(float(sigma)) for sigma in self.sigmas[:-1]):
             why = f"none of the {len(self.sigmas) - 1} steps falls into its window"
         elif self.standard and self.guider.cfg == 1.0 and not levels and not term.needs_negative:
             if any(overrides(term, place) for place in PAIRWISE) and not overrides(term, "instead"):
                 why = "cfg is 1, and it acts on what cfg adds"
         if why:
             logging.warning(f"{term.node} has no effect in this run: {why}.")
-
 
     def depth(self, weak):
         """Number of the first block in which a `Weak` branch differs from the positive."""

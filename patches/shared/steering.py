@@ -15,6 +15,7 @@ predictions at fixed places, in this order whatever the order of the nodes:
 Predictions are clean estimates D(x, sigma), in the latent space in which the model works, [B, C, ...] of any rank.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,9 @@ class Term:
         """True when the term cannot change anything in any run."""
         return self.schedule.closed
 
+    def check(self):
+        """Raises ValueError for numbers that make no sense; see `number`."""
+
     def prepare(self, run):
         """Checks the term against model, sampler and sigmas before the first step; raises ValueError."""
 
@@ -101,7 +105,8 @@ class Term:
         return ()
 
     def taps(self, model):
-        """Attention to look at while the network runs: [(role, layers, look)], look(AttnCall, call)."""
+        """Self-attention to look at while the network runs: [(role, layers, look)],
+        look(AttnCall, call=, role=) -> AttnCall."""
         return ()
 
     def level(self, cfg, weight, run):
@@ -140,6 +145,14 @@ class Term:
 PAIRWISE = ("level", "observe", "reshape", "scale", "transform", "step")
 
 
+def number(name, value, low=0.0, high=math.inf):
+    """`value`, if it is a finite number between `low` and `high`; ValueError otherwise."""
+    if not (math.isfinite(value) and low <= value <= high):
+        upto = f" to {high:g}" if high < math.inf else ""
+        raise ValueError(f"{name} {value} must be a finite number from {low:g}{upto}.")
+    return value
+
+
 def overrides(term, place):
     return getattr(type(term), place) is not getattr(Term, place)
 
@@ -158,6 +171,8 @@ def steer(model, term):
     from .run import install
 
     model = model.clone()
+    with blame(term):
+        term.check()
     if not term.off:
         with blame(term):
             term.branches(model)

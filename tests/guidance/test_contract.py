@@ -5,13 +5,16 @@ import comfy.samplers
 import pytest
 import torch
 import toy
-from steer.patches.guidance import apg, cfgpp, pag
+from steer.patches.guidance import apg, cfgpp, pag, sag, seg, slg
 from steer.patches.shared.schedule import Schedule
 
 STEPS = 6
 ON = {
     "PAG": lambda m, s=Schedule(): pag.apply(m, 3.0, "auto", s),
     "PAG-layers": lambda m, s=Schedule(): pag.apply(m, 2.0, "middle, output.1-2", s),
+    "SEG": lambda m, s=Schedule(): seg.apply(m, 3.0, 100.0, "auto", s),
+    "SLG": lambda m, s=Schedule(): slg.apply(m, 3.0, "auto", s),
+    "SAG": lambda m, s=Schedule(): sag.apply(m, 0.5, 2.0, s),
     "APG": lambda m, s=Schedule(): apg.apply(m, 0.0, 15.0, -0.5, s),
     "CFG++": lambda m, s=Schedule(): cfgpp.apply(m, 0.6, s),
     "all": lambda m, s=Schedule(): cfgpp.apply(apg.apply(pag.apply(m, 3.0, "auto", s), 0.3, 15.0, -0.5, s), 0.6, s),
@@ -20,6 +23,11 @@ OFF = {
     "PAG scale 0": lambda m: pag.apply(m, 0.0, "auto", Schedule()),
     "PAG closed": lambda m: pag.apply(m, 3.0, "auto", Schedule(0.5, 0.5)),
     "PAG curve 0": lambda m: pag.apply(m, 3.0, "auto", Schedule(curve=(0.0, 0.0))),
+    "SEG scale 0": lambda m: seg.apply(m, 0.0, 100.0, "auto", Schedule()),
+    "SEG blur 0": lambda m: seg.apply(m, 3.0, 0.0, "auto", Schedule()),
+    "SLG scale 0": lambda m: slg.apply(m, 0.0, "auto", Schedule()),
+    "SAG scale 0": lambda m: sag.apply(m, 0.0, 2.0, Schedule()),
+    "SAG blur 0": lambda m: sag.apply(m, 0.5, 0.0, Schedule()),
     "APG closed": lambda m: apg.apply(m, 0.0, 15.0, -0.5, Schedule(1.0, 1.0)),
     "CFG++ strength 0": lambda m: cfgpp.apply(m, 0.0, Schedule()),
     "CFG++ closed": lambda m: cfgpp.apply(m, 0.6, Schedule(0.7, 0.3)),

@@ -71,7 +71,8 @@ def _replacement(layer, rows, previous):
             own = {**extra_options, **{name: extra_options[name][part] for name in ("cond_or_uncond", "uuids")}}
             return (previous or _optimized_attention)(call.q, call.k, call.v, own)
 
-        return attend(AttnCall(q, k, v, extra_options["n_heads"], layer), rows.chunks(layer), attention)
+        call = AttnCall(q, k, v, extra_options["n_heads"], layer, shape=rows.shape)
+        return attend(call, rows.chunks(layer), attention)
 
     return attn1_replace
 
