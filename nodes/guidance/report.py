@@ -21,16 +21,25 @@ class SteerReport(io.ComfyNode):
                     tooltip="On when the sampler's cfg is not 1, so that a negative row runs in each step. Only the "
                     "text depends on it.",
                 ),
+                io.Boolean.Input(
+                    "share_prefix",
+                    default=True,
+                    tooltip="On: blocks before the first that a branch perturbs are computed once for it and the "
+                    "positive. Off: every branch is computed from the start, which is slower and needed only beside a "
+                    "node whose patch lets rows of one batch act on each other.",
+                    advanced=True,
+                ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The same model."),
+                io.Model.Output(tooltip="The same model, with share_prefix as set."),
                 io.String.Output(display_name="text", tooltip="The report."),
             ],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, cfg) -> io.NodeOutput:
+    def execute(cls, model, cfg, share_prefix=True) -> io.NodeOutput:
+        model = report.sharing(model, share_prefix)
         text = report.describe(model, cfg)
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 

@@ -11,7 +11,7 @@ import logging
 import uuid
 from functools import partial
 
-from .architectures import shared_blocks
+from .architectures import depth, shared_blocks
 from .combine import add, after_cfg, before_cfg, with_roles
 from .other import Model
 from .stats import Stats
@@ -92,15 +92,16 @@ class Run:
         if not everywhere and not any(window.weight(float(sigma)) for sigma in self.sigmas[:-1]):
             why = f"none of the {len(self.sigmas) - 1} steps falls into its window"
         elif self.standard and self.guider.cfg == 1.0 and not levels and not term.needs_negative:
-            if any(overrides(term, place) for place in PAIRWISE) and not overrides(term, "instead"):
+            adds = any(overrides(other, "add") for other in in_order(self.guider.model_options))
+            idle = ("observe", "reshape", "scale", *(() if adds else ("transform",)))
+            if any(overrides(term, place) for place in idle) and not overrides(term, "instead"):
                 why = "cfg is 1, and it acts on what cfg adds"
         if why:
             logging.warning(f"{term.node} has no effect in this run: {why}.")
 
     def depth(self, weak):
         """Number of the first block in which a `Weak` branch differs from the positive."""
-        part = "skippable" if weak.edit is None else "attends"
-        return next(n for n, b in enumerate(self.blocks) if b.layer in weak.layers and getattr(b, part))
+        return depth(weak, self.blocks)
 
 
 def _forms_the_pair(guider):

@@ -1,6 +1,6 @@
 import pytest
 import toy
-from steer.patches.guidance import apg, cfgpp, pag, report
+from steer.patches.guidance import apg, cfgpp, pag, report, sag
 from steer.patches.shared.schedule import Schedule
 
 ALWAYS = Schedule()
@@ -44,6 +44,27 @@ def test_predicted_rows_are_the_rows_that_run(model, cfg):
     with toy.count_forwards(model) as count:
         toy.sample(steered, cfg=5.0 if cfg else 1.0, steps=20)
     assert count.rows == predicted and count.calls == 20
+
+
+def test_says_what_is_shared_and_switches_it(model):
+    steered = pag.apply(model, 3.0, "middle", ALWAYS)
+    assert "weak:PAG[middle] is the positive up to middle (block 8 of 18)" in report.describe(steered)
+    off = report.sharing(steered, False)
+    assert "Weak rows are computed from the start: sharing is switched off" in report.describe(off)
+    seen = []
+    first = model.model.diffusion_model.input_blocks[0][0]
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    late = model.model.diffusion_model.input_blocks[1][0]
+    other = late.in_layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    for m in (steered, off, report.sharing(off, True)):
+        toy.sample(m, steps=1)
+    handle.remove(), other.remove()
+    assert seen[1::2] == [2, 3, 2]
+
+
+def test_calls_of_their_own_are_counted(model):
+    text = report.describe(sag.apply(model, 0.5, 2.0, ALWAYS))
+    assert "2 rows in 1 call (positive, negative), and 1 row in a call of its own (a second look for SteerSAG)" in text
 
 
 def test_names_what_other_nodes_left(model):

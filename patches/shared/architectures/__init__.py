@@ -5,17 +5,18 @@ An adapter is a module or class with
     matches(diffusion_model)      does it serve this network?
     blocks(diffusion_model)       its `rows.Block`s in forward order, between embedding and output layer; () where rows
                                   cannot be told apart (frames of a video in the batch)
-    tail(diffusion_model)         the module after the last block
-    patch(options, rows)          puts what `rows` need into a private copy of one call's transformer_options
+    tail(diffusion_model)         the module after the last block; None where there is none that sees all rows
+    sharable(diffusion_model)     True where rows may share blocks: all that happens between them follows the rows
+    patch(options, rows, network) puts what `rows` need into a private copy of one call's transformer_options
     tagged                        True where attention finds its edits by the block that runs, which takes hooks
 """
 
 from contextlib import contextmanager
 
 from ..layers import listing, resolve
-from . import unet
+from . import flux, unet
 
-ADAPTERS = (unet,)
+ADAPTERS = (unet, flux)
 
 
 def self_attention_layers(model, text, auto):
@@ -40,9 +41,16 @@ def _layers(model, text, auto, part):
 
 
 def shared_blocks(model):
-    """The blocks over which rows of one batch may share work; () where there is no adapter."""
+    """The blocks over which rows of one batch may share work; () where there is no adapter, or it is not safe."""
     network = model.get_model_object("diffusion_model")
-    return next((adapter.blocks(network) for adapter in ADAPTERS if adapter.matches(network)), ())
+    adapter = next((adapter for adapter in ADAPTERS if adapter.matches(network)), None)
+    return adapter.blocks(network) if adapter and adapter.sharable(network) else ()
+
+
+def depth(weak, blocks):
+    """Number of the first of `blocks` in which a `steering.Weak` branch differs from the positive."""
+    part = "skippable" if weak.edit is None else "attends"
+    return next(n for n, block in enumerate(blocks) if block.layer in weak.layers and getattr(block, part))
 
 
 def adapter_of(model):
@@ -62,7 +70,7 @@ def needs_hooks(adapter, rows):
 @contextmanager
 def hold(adapter, network, options, rows):
     """`rows` at work in one forward of `network`."""
-    adapter.patch(options, rows)
+    adapter.patch(options, rows, network)
     if needs_hooks(adapter, rows):
         with rows.on(adapter.blocks(network), adapter.tail(network)):
             yield
