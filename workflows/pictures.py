@@ -36,7 +36,7 @@ def rows_of(name):
 
 
 def methods():
-    """{workflow: id of the node of the method it shows}, for those whose page has a picture."""
+    """{workflow: id of the node of the method it shows}."""
     from steer.nodes import discover
 
     pages = {}
@@ -44,7 +44,7 @@ def methods():
         room, method = node.__module__.split(".")[-2:]
         if room != "lab":
             pages.setdefault(f"{room}-{method}", node.define_schema().node_id)
-    return {name: node for name, node in pages.items() if "off-on.jpg" in page(node)}
+    return pages
 
 
 def page(node):
@@ -65,12 +65,12 @@ def sheet(rows, gap=4):
 def main():
     names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.json"))
     host.enter()
-    pages = methods()
     made = {}
     for name in names:
         rows = made[name] = rows_of(name)
+        pages = methods()  # the pack is loaded only now
         targets = [HERE / f"{name}.jpg"]
-        if name in pages:
+        if name in pages and "off-on.jpg" in page(pages[name]):
             rows = rows[:2]
             targets.append(ROOT / "nodes" / "help" / "docs" / pages[name] / "off-on.jpg")
         for path in targets:
