@@ -2,16 +2,61 @@
 
 from dataclasses import dataclass
 
-from ..shared.architectures import self_attention_layers, unet
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..shared.architectures import flux, self_attention_layers, unet
 from ..shared.steering import Term, Weak, number, steer
 
-# the paper's choice for Stable Diffusion
-AUTO = {unet.name: "middle"}
+AUTO = {
+    unet.name: "middle",  # the paper's choice for Stable Diffusion
+    flux.name: "50%",  # no published choice that was compared with others
+}
 
 
 def identity_attention(call):
-    """Self-attention with the identity as its map, softmax(QK^T) -> I: the output is V."""
-    return call.v
+    """Self-attention with the identity as its map, softmax(QK^T) -> I: the output is V.
+
+    Where text and image share one sequence, the identity is the part of the map from image to image: an image token
+    sees itself and what is not image, within one softmax (huggingface/diffusers, PAG for Stable Diffusion 3).
+    """
+    return call.v if call.kind == "self" else joint_identity(call)
+
+
+def joint_identity(call):
+    """Attention under the mask that hides image tokens from each other, without that mask: [B, N, heads * d]."""
+    n = call.q.shape[1]
+    first, last, _ = slice(*call.image).indices(n)
+    image = slice(first, last)
+
+    def rest(t, dim=-2):
+        return torch.cat((t.narrow(dim, 0, first), t.narrow(dim, last, n - last)), dim)
+
+    q, k, v = (t.unflatten(2, (call.heads, -1)).transpose(1, 2) for t in (call.q, call.k, call.v))
+    mask = additive(call, q.dtype)
+    around = scaled_dot_product_attention(rest(q), k, v, None if mask is None else rest(mask))
+    q, among = q[:, :, image] * q.shape[-1] ** -0.5, torch.empty_like(q[:, :, image])
+    for h in range(call.heads):  # one at a time: [B, image, text] scores, not heads times as many
+        own = (q[:, h] * k[:, h, image]).sum(-1, keepdim=True)
+        scores = torch.cat((q[:, h] @ rest(k[:, h]).mT, own), -1)
+        if mask is not None:
+            m = mask[:, min(h, mask.shape[1] - 1)]
+            scores = scores + torch.cat((rest(m[:, image], -1), m.diagonal(dim1=1, dim2=2)[:, image, None]), -1)
+        a = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        among[:, h] = a[..., :-1] @ rest(v[:, h]) + a[..., -1:] * v[:, h, image]
+    out = torch.cat((around[:, :, :first], among, around[:, :, first:]), 2)
+    return out.transpose(1, 2).flatten(2)
+
+
+def additive(call, dtype):
+    """The mask of a call as numbers to add to scores, [B or 1, heads or 1, N, N]; None where it has none."""
+    mask, n = call.mask, call.q.shape[1]
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    return mask.to(dtype).expand(*mask.shape[:2], n, n)
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,25 @@ class AttnCall:
     def rows(self, first, last):
         """The same call for rows first..last of the batch."""
         cut = (t[first:last] for t in (self.q, self.k, self.v))
-        mask = self.mask[first:last] if self.mask is not None and self.mask.shape[0] == self.q.shape[0] else self.mask
+        mask = cut_mask(self.mask, first, last, self.q.shape[0])
         return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask)
 
 
+def cut_mask(mask, first, last, rows):
+    """Rows first..last of a mask for a batch of `rows`; one without a batch dimension serves them all."""
+    return mask[first:last] if mask is not None and mask.ndim > 2 and mask.shape[0] == rows else mask
+
+
 Edit = Callable[[AttnCall], AttnCall | torch.Tensor]
+
+
+def chunked(edits):
+    """Consecutive equal entries of `edits` as (edit, slice of them)."""
+    first = 0
+    for edit, run in groupby(edits):
+        last = first + len(list(run))
+        yield edit, slice(first, last)
+        first = last
 
 
 def attend(call, edits, attention):
@@ -64,11 +78,9 @@ def attend(call, edits, attention):
     An edit returns a changed call, which then is attended, or the output itself, which costs no attention.
     """
     size = call.q.shape[0] // len(edits)
-    outputs, first = [], 0
-    for edit, run in groupby(edits):
-        last = first + len(list(run))
-        part = call.rows(first * size, last * size)
+    outputs = []
+    for edit, chunks in chunked(edits):
+        part = call.rows(chunks.start * size, chunks.stop * size)
         out = part if edit is None else edit(part)
-        outputs.append(attention(out, slice(first, last)) if isinstance(out, AttnCall) else out)
-        first = last
+        outputs.append(attention(out, chunks) if isinstance(out, AttnCall) else out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

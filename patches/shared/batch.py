@@ -186,6 +186,8 @@ def unsafe(model_options):
     for patches in options.get("patches", {}).values():
         if any(COUPLING in getattr(patch, "__qualname__", "").lower() for patch in patches):
             return "another node lets the rows of a batch act on each other"
+    if "double_block" in options.get("patches", {}):
+        return "another node works between the blocks, on rows of the latent too"
     return unsafe_for_hooks(options)
 
 

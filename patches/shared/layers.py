@@ -1,10 +1,10 @@
-"""Names of layers: "middle", "output.3-5", "double.7-9", "single", "50%-70%", and lists of these."""
+"""Names of layers: "middle", "output.3-5", "double.7-9", "single", "50%", "50%-70%", and lists of these."""
 
 import re
 from typing import NamedTuple
 
 PART = re.compile(r"(?P<group>[a-z_]+)(?:\.(?P<first>\d+)(?:-(?P<last>\d+))?)?")
-SHARE = re.compile(r"(?P<first>\d+(?:\.\d+)?)%-(?P<last>\d+(?:\.\d+)?)%")
+SHARE = re.compile(r"(?P<first>\d+(?:\.\d+)?)%(?:-(?P<last>\d+(?:\.\d+)?)%)?")
 
 
 class Layer(NamedTuple):
@@ -20,12 +20,15 @@ class Layer(NamedTuple):
 def resolve(text, available):
     """The layers that `text` names, as a tuple in the order of `available` (the order of the forward pass).
 
-    A percentage range is taken of the whole depth. Raises ValueError for text that cannot be read or names no layer.
+    A percentage is taken of the whole depth: "50%" is the layer there, "50%-70%" all from there to there.
+    Raises ValueError for text that cannot be read or names no layer.
     """
     chosen = set()
     for part in (p.strip() for p in text.split(",")):
         if share := SHARE.fullmatch(part):
-            first, last = (float(share[k]) / 100 * len(available) for k in ("first", "last"))
+            first, last = (float(share[k] or 0) / 100 * len(available) for k in ("first", "last"))
+            if not share["last"]:
+                first, last = int(first), int(first) + 1
             found = [layer for i, layer in enumerate(available) if first <= i < last]
         elif name := PART.fullmatch(part):
             first = int(name["first"]) if name["first"] else 0

@@ -103,8 +103,8 @@ class Rows:
         stage = self.present if stage is None else stage
         if isinstance(value, torch.Tensor):
             have = self.counts.get(value.shape[0]) if value.ndim else None
-            if value.ndim and value.shape[0] == 2 * len(self.units) * self.size and stage != (*range(len(self.units)),):
-                return self._halves(value, lambda half: self.conform(half, stage))
+            if len(stage) < len(self.units) and twice(value, len(self.units) * self.size):
+                return torch.cat([self.conform(half, stage) for half in value.chunk(2)])
             if have is None or have == stage:
                 return value
             key = id(value), stage
@@ -144,14 +144,15 @@ class Rows:
                 hook(block.module.register_forward_pre_hook, self._entry(depth, block, skipping), with_kwargs=True)
                 if skipping:
                     hook(block.module.register_forward_hook, skipping.after)
-            hook(tail.register_forward_pre_hook, self._entry(len(blocks)), with_kwargs=True)
+            if tail is not None:
+                hook(tail.register_forward_pre_hook, self._entry(len(blocks)), with_kwargs=True)
             try:
                 yield
             finally:
                 self.cache.clear()
 
     def _entry(self, depth, block=None, skipping=None):
-        names = block and list(inspect.signature(block.module.forward).parameters)
+        names = block and (block.arguments or list(inspect.signature(block.module.forward).parameters))
 
         def before(module, args, kwargs):
             self.enter(depth, block)
@@ -202,6 +203,8 @@ class _Skip:
     def _take(self, value, units):
         rows = self.rows
         if isinstance(value, torch.Tensor):
+            if twice(value, len(self.stage) * rows.size):
+                return torch.cat([self._take(half, units) for half in value.chunk(2)])
             if not value.ndim or value.shape[0] != len(self.stage) * rows.size:
                 return value
             return value.index_select(0, rows.index(self.stage, units, value.device))
@@ -213,6 +216,11 @@ class _Skip:
         for part, units in ((out, self.inside), (kept, self.around)):
             merged.index_copy_(0, rows.index(self.stage, units, out.device), part.to(out.dtype))
         return merged
+
+
+def twice(value, rows):
+    """True for the batch at two noise levels, one after the other: of the picture and of its reference images."""
+    return value.ndim > 0 and value.shape[0] == 2 * rows
 
 
 def _map(value, function):

@@ -147,5 +147,5 @@ def test_wrong_layers_raise_in_the_node(model, layers, text):
 
 
 def test_refuses_a_model_it_cannot_act_on():
-    with pytest.raises(ValueError, match="SteerPAG: cannot act on Flux"):
-        steered(toy.flux())
+    with pytest.raises(ValueError, match="SteerPAG: cannot act on Gaussian"):
+        steered(toy.gaussian())

@@ -19,13 +19,16 @@ AVAILABLE = tuple(
         ("0%-25%", "input.4-5"),
         ("50%-100%", "output.3-6"),
         ("37.5%-50%", "middle"),
+        ("0%", "input.4"),
+        ("50%", "output.3"),
+        ("40%, 99%", "middle, output.6"),
     ],
 )
 def test_names(text, names):
     assert listing(resolve(text, AVAILABLE)) == names
 
 
-@pytest.mark.parametrize("text", ["output.9", "double.3", "input.6", "middle, output.40-50", "99%-99.5%"])
+@pytest.mark.parametrize("text", ["output.9", "double.3", "input.6", "middle, output.40-50", "99%-99.5%", "100%"])
 def test_no_match_says_what_exists(text):
     with pytest.raises(ValueError, match="this model has input.4-5, input.7, middle, output.3-6"):
         resolve(text, AVAILABLE)
@@ -57,5 +60,5 @@ def test_sd15_layers(monkeypatch):
 
 
 def test_unknown_architecture_is_named():
-    with pytest.raises(ValueError, match=r"cannot act on Flux \(Flux\); supported: UNet"):
-        adapter_of(toy.flux().model)
+    with pytest.raises(ValueError, match=r"cannot act on Gaussian \(GaussianNetwork\); supported: UNet"):
+        adapter_of(toy.gaussian().model)

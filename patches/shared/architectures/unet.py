@@ -16,6 +16,10 @@ def matches(diffusion_model):
     return isinstance(diffusion_model, UNetModel)
 
 
+def sharable(diffusion_model):
+    return True
+
+
 def blocks(diffusion_model):
     """The modules inside the blocks: the host calls these, not the blocks."""
     from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
@@ -44,7 +48,7 @@ def tail(diffusion_model):
     return diffusion_model.out
 
 
-def patch(options, rows):
+def patch(options, rows, network):
     """A replacement that another node placed on the same layer is kept: it serves the rows without an edit."""
     replacements = dict(options.get("patches_replace", {}))
     attn1 = replacements["attn1"] = dict(replacements.get("attn1", {}))

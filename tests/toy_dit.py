@@ -1,0 +1,195 @@
+"""Small random transformers of every architecture as ordinary MODEL objects, and ways to look inside one evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import comfy.model_base as mb
+import torch
+import toy
+from steer.patches.shared.architectures import adapter_of
+from steer.patches.shared.steering import SHARE, Term, steer
+
+TOKENS, WIDTH = 7, 48  # of the text
+
+FLUX = dict(
+    toy.FLUX, context_in_dim=WIDTH, num_heads=2, axes_dim=[16, 24, 24], depth=3, depth_single_blocks=4, qkv_bias=True
+)
+CHROMA = dict(
+    image_model="chroma",
+    in_channels=16,
+    out_channels=16,
+    context_in_dim=WIDTH,
+    hidden_size=128,
+    mlp_ratio=4.0,
+    num_heads=2,
+    depth=3,
+    depth_single_blocks=4,
+    axes_dim=[16, 24, 24],
+    theta=10000,
+    patch_size=2,
+    qkv_bias=True,
+    in_dim=64,
+    out_dim=128,
+    hidden_dim=64,
+    n_layers=2,
+    txt_ids_dims=[],
+    vec_in_dim=None,
+)
+
+
+def square_mask(seed):
+    """Added to the scores of 7 text and 16 image tokens."""
+    mask = torch.randn(1, 23, 23, generator=torch.Generator().manual_seed(seed))
+    return {"attention_mask": mask, "attention_mask_img_shape": (4, 4)}
+
+
+class Toy(NamedTuple):
+    """How a small network is made, and what an oracle must know of it."""
+
+    base: type
+    config: dict
+    adapter: str  # file of its adapter
+    frames: int = 0  # of its latents; 0 for pictures
+    before: int = 0  # attentions of the forward before the first block
+    each: int = 1  # attentions of a block
+    joint: bool = True  # text and image attend together
+    least: int = 0  # text tokens, filled up by the host
+    padding: int = 1  # text and image tokens come in multiples of it
+    shares: bool = True  # rows may share blocks
+    replaces: bool = True  # the host offers to replace its blocks
+    controls: tuple = ()  # lists of ControlNet residuals it takes
+    mask: Callable | None = None  # seed -> a conditioning's options with an attention mask
+    width: int = 128  # of its hidden states
+
+    def attentions(self, blocks):
+        return self.each * blocks
+
+
+TOYS = {
+    "flux": Toy(mb.Flux, FLUX, "flux", controls=("input", "output"), mask=square_mask),
+    "flux2": Toy(mb.Flux2, dict(FLUX, global_modulation=True, vec_in_dim=None, mlp_silu_act=True), "flux", least=512),
+    "chroma": Toy(mb.Chroma, CHROMA, "flux", controls=("input", "output"), mask=square_mask),
+    "radiance": Toy(
+        mb.ChromaRadiance,
+        dict(
+            CHROMA,
+            in_channels=4,
+            out_channels=4,
+            nerf_hidden_size=16,
+            nerf_mlp_ratio=2,
+            nerf_depth=1,
+            nerf_max_freqs=2,
+            nerf_tile_size=0,
+            nerf_final_head_type="conv",
+            nerf_embedder_dtype=None,
+            use_x0=False,
+            use_sequential_txt_ids=False,
+        ),
+        "flux",
+        shares=False,
+    ),
+}
+
+
+def model(name, dtype=torch.float32, seed=0):
+    made = TOYS[name]
+    return toy.model(made.config, "flow", dtype, seed, made.base)
+
+
+def text(seed, tokens=TOKENS, **options):
+    return toy.text(seed, tokens, WIDTH, **options)
+
+
+def noise(name, batch=1, height=8, width=8, seed=0):
+    """Starting noise for a toy; item i is the same in every batch."""
+    frames = TOYS[name].frames
+    start = toy.noise(seed, batch, height * max(frames, 1), width)
+    return start.unflatten(2, (frames, height)) if frames else start
+
+
+def sample(name, made, start=None, positive=None, negative=None, **options):
+    given = dict(start=noise(name) if start is None else start, steps=1, **options)
+    return toy.sample(made, positive=positive or text(1), negative=negative or text(2, TOKENS), **given)
+
+
+@dataclass(frozen=True)
+class Probe(Term):
+    """Asks for branches and keeps what each evaluation said."""
+
+    weak: tuple = ()
+    seen: list = field(default_factory=list, compare=False, repr=False)
+    node = "Probe"
+
+    def branches(self, model):
+        return self.weak
+
+    def add(self, call, extra, weight):
+        self.seen.append({key: D.clone() for key, D in call.predictions.items()})
+
+
+def predictions(name, made, weak, share=True, cfg=3.0, **options):
+    """What the network said of each branch in one evaluation: "positive", "negative" and each `Weak`."""
+    probe = Probe(weak=tuple(weak))
+    steered = steer(made, probe)
+    steered.model_options[SHARE] = share
+    sample(name, steered, cfg=cfg, **options)
+    (seen,) = probe.seen
+    return seen
+
+
+def alone(name, made, override=None, replace=None, **options):
+    """The host's own D of the positive conditioning in a forward of its own, under patches that the host offers."""
+    made = made.clone()
+    to = made.model_options["transformer_options"]
+    if override is not None:
+        to["optimized_attention_override"] = override
+    for key, function in (replace or {}).items():
+        made.set_model_patch_replace(function, "dit", *key)
+    seen = []
+    sample(name, made, cfg=1.0, callback=lambda step, x0, x, total: seen.append(x0.clone()), **options)
+    return seen[0]
+
+
+class MaskedAttention:
+    """An attention override that, in some of the forward's attentions, hides image tokens from each other by an
+    explicit mask [N, N], and counts.
+
+    numbers: of these attentions in the order of the forward.  first, count: of the image tokens; None for all.
+    """
+
+    def __init__(self, numbers, first, count):
+        self.numbers, self.first, self.count, self.calls = numbers, first, count, 0
+
+    def __call__(self, function, q, k, v, heads, mask=None, **kwargs):
+        number, self.calls = self.calls, self.calls + 1
+        if number not in self.numbers:
+            return function(q, k, v, heads, mask, **kwargs)
+        if not kwargs.get("skip_reshape"):
+            q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        n = q.shape[2]
+        image = slice(0, n) if self.first is None else slice(self.first, self.first + self.count)
+        hidden = torch.zeros(n, n, dtype=torch.bool)
+        hidden[image, image] = True
+        hidden.fill_diagonal_(False)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if mask is not None:
+            mask = mask[:, None] if mask.ndim == 3 else mask
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def layers(made):
+    """Its layers in forward order."""
+    network = made.model.diffusion_model
+    return tuple(dict.fromkeys(b.layer for b in adapter_of(made.model).blocks(network) if b.attends))
+
+
+def masked(name, made, edited, tokens=TOKENS, height=8, width=8):
+    """The oracle of attention with the identity in the layers `edited`."""
+    about, order = TOYS[name], layers(made)
+    numbers = [about.before + about.each * order.index(layer) for layer in edited]
+    if not about.joint:
+        return MaskedAttention(numbers, None, None)
+    count = max(about.frames, 1) * -(-height // 2) * -(-width // 2)
+    return MaskedAttention(numbers, max(-(-tokens // about.padding) * about.padding, about.least), count)
