@@ -39,7 +39,7 @@ def describe(model, cfg=True):
     edges = sorted({0.0, 1.0, *(p for t in terms for p in (t.schedule.start_percent, t.schedule.end_percent))})
     for first, last in zip(edges, edges[1:], strict=False):
         active = [t for t in terms if t.schedule.start_percent <= first and t.schedule.end_percent >= last]
-        lines.append(f"  {first:.0%} to {last:.0%}: {forwards(active, branches, cfg)}")
+        lines.append(f"  {first:.0%} to {last:.0%}: {forwards(active, branches, guided(terms, active, cfg))}")
     weak = {branch for needed in branches.values() for branch in needed if isinstance(branch, Weak)}
     if weak and not model.model_options.get(SHARE, True):
         lines.append("Weak rows are computed from the start: sharing is switched off")
@@ -47,6 +47,15 @@ def describe(model, cfg=True):
         lines += sorted(f"{branch} {shared(branch, blocks)}" for branch in weak)
     foreign = [f"  {name}: {when}" for name, when in FOREIGN.items() if model.model_options.get(name)]
     return "\n".join(lines + (["From other nodes"] + foreign if foreign else []))
+
+
+def guided(terms, active, cfg):
+    """Whether the sampler's guider asks for a negative while the terms `active` act."""
+    w = 2.0 if cfg else 1.0
+    for term in terms:
+        if overrides(term, "level") and not overrides(term, "observe"):  # what is observed is not known yet
+            w = term.level(w, float(term in active), None)
+    return w != 1.0
 
 
 def forwards(active, branches, cfg):
