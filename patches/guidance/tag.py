@@ -14,24 +14,24 @@ class TAG(Term):
         D* = D + (eta - 1) (I - P) D.
     That holds for x and noise in any scaling (VE, VP, flow), since these differ by multiples of x.
 
-    scale: eta - 1.
+    gain: eta - 1.
     """
 
-    scale_: float = 0.15
+    gain: float = 0.15
     node = "SteerTAG"
     rank = 1  # amplifies the step that CFG++ made
     exclusive = True
 
     def check(self):
-        number("scale", self.scale_)
+        number("scale", self.gain)
 
     @property
     def off(self):
-        return super().off or self.scale_ == 0.0
+        return super().off or self.gain == 0.0
 
     def step(self, denoised, call, weight):
         def amplified(D):
-            return D + self.scale_ * weight * (D - project(D, call.x))
+            return D + self.gain * weight * (D - project(D, call.x))
 
         if call.run.renoise is not None:  # the step is made of D and this, and linear in both
             call.run.renoise = amplified(call.run.renoise)
