@@ -31,7 +31,7 @@ class BetaCFG(Term):
     def check(self):
         number("a", self.a, 1.0, 100.0)
         number("b", self.b, 1.0, 100.0)
-        number("gamma", self.gamma, high=10.0)
+        number("gamma", self.gamma, high=4.0)
 
     def scale(self, w, difference, call, weight):
         strength = self._density(call)
@@ -40,7 +40,7 @@ class BetaCFG(Term):
             size = norm(difference) / sigma * (PAPER / difference[0].numel()) ** 0.5
             strength = strength / size.clamp(min=1e-6) ** self.gamma
         scale = 1 + (w - 1) * strength if self.keep_conditional else w * strength
-        return w + weight * (scale - w)
+        return scale if weight == 1.0 else w + weight * (scale - w)
 
     def _density(self, call):
         """B(t; a, b) at the step of this evaluation, a scalar on the device of the model."""
