@@ -41,12 +41,14 @@ def share(model_sampling, sigma):
     """k(sigma) of D = k x - c v: how much of D a network that predicts v = 0 would take from x."""
     import comfy.model_sampling as ms
 
-    if isinstance(model_sampling, ms.IMG_TO_IMG_FLOW) or isinstance(model_sampling, ms.X0):
+    if isinstance(model_sampling, (ms.X0, ms.IMG_TO_IMG_FLOW)):
         return 0.0  # predicts D itself
     if isinstance(model_sampling, ms.CONST):
         return 1.0
     if isinstance(model_sampling, ms.COSMOS_RFLOW):
         return 1 / (1 + sigma)
+    if isinstance(model_sampling, getattr(ms, "V_PREDICTION_DDPM", ())):  # not in every version of the host
+        return (sigma**2 + 1) ** -0.5
     if isinstance(model_sampling, ms.EPS):
         data = model_sampling.sigma_data**2
         return data / (sigma**2 + data)
