@@ -5,7 +5,21 @@ import comfy.samplers
 import pytest
 import torch
 import toy
-from steer.patches.guidance import apg, cfgpp, pag, sag, seg, slg
+from steer.patches.guidance import (
+    apg,
+    betacfg,
+    cfgpp,
+    cfgzerostar,
+    fdg,
+    guidanceschedule,
+    pag,
+    rescale,
+    sag,
+    seg,
+    slg,
+    tag,
+    tcfg,
+)
 from steer.patches.shared.schedule import Schedule
 
 STEPS = 6
@@ -17,6 +31,13 @@ ON = {
     "SAG": lambda m, s=Schedule(): sag.apply(m, 0.5, 2.0, s),
     "APG": lambda m, s=Schedule(): apg.apply(m, 0.0, 15.0, -0.5, s),
     "CFG++": lambda m, s=Schedule(): cfgpp.apply(m, 0.6, s),
+    "GuidanceSchedule": lambda m, s=Schedule(): guidanceschedule.apply(m, 5.0, 9.0, "custom", s),
+    "TCFG": lambda m, s=Schedule(): tcfg.apply(m, 1.0, s),
+    "CFG-Zero*": lambda m, s=Schedule(): cfgzerostar.apply(m, 0.04, s),
+    "TAG": lambda m, s=Schedule(): tag.apply(m, 0.3, s),
+    "BetaCFG": lambda m, s=Schedule(): betacfg.apply(m, 2.0, 2.0, 1.0, False, s),
+    "FDG": lambda m, s=Schedule(): fdg.apply(m, 5.0, 10.0, 1, s),
+    "Rescale": lambda m, s=Schedule(): rescale.apply(m, 0.7, s),
     "all": lambda m, s=Schedule(): cfgpp.apply(apg.apply(pag.apply(m, 3.0, "auto", s), 0.3, 15.0, -0.5, s), 0.6, s),
 }
 OFF = {
@@ -31,8 +52,17 @@ OFF = {
     "APG closed": lambda m: apg.apply(m, 0.0, 15.0, -0.5, Schedule(1.0, 1.0)),
     "CFG++ strength 0": lambda m: cfgpp.apply(m, 0.0, Schedule()),
     "CFG++ closed": lambda m: cfgpp.apply(m, 0.6, Schedule(0.7, 0.3)),
+    "GuidanceSchedule closed": lambda m: guidanceschedule.apply(m, 1.0, 9.0, "custom", Schedule(0.7, 0.3)),
+    "TCFG strength 0": lambda m: tcfg.apply(m, 0.0, Schedule()),
+    "CFG-Zero* closed": lambda m: cfgzerostar.apply(m, 0.04, Schedule(0.5, 0.5)),
+    "TAG scale 0": lambda m: tag.apply(m, 0.0, Schedule()),
+    "BetaCFG closed": lambda m: betacfg.apply(m, 2.0, 2.0, 1.0, False, Schedule(0.5, 0.5)),
+    "FDG closed": lambda m: fdg.apply(m, 5.0, 10.0, 1, Schedule(0.5, 0.5)),
+    "Rescale amount 0": lambda m: rescale.apply(m, 0.0, Schedule()),
     # open, but no step falls into it: the wrappers run and change nothing
     "PAG between steps": lambda m: pag.apply(m, 3.0, "auto", Schedule(0.0101, 0.0102)),
+    "CFG-Zero* between steps": lambda m: ON["CFG-Zero*"](m, Schedule(0.0101, 0.0102)),
+    "FDG between steps": lambda m: ON["FDG"](m, Schedule(0.0101, 0.0102)),
     "all between steps": lambda m: ON["all"](m, Schedule(0.0101, 0.0102)),
 }
 on = pytest.mark.parametrize("method", ON)
