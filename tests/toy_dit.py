@@ -38,6 +38,69 @@ CHROMA = dict(
 )
 
 
+SD3 = dict(
+    in_channels=4,
+    depth=2,  # heads of 64
+    num_blocks=6,
+    adm_in_channels=32,
+    context_embedder_config=dict(target="torch.nn.Linear", params=dict(in_features=WIDTH, out_features=128)),
+    pos_embed_max_size=16,
+    num_patches=256,
+)
+LUMINA = dict(
+    image_model="lumina2",
+    dim=128,
+    n_layers=6,
+    n_heads=2,
+    n_kv_heads=1,
+    multiple_of=32,
+    qk_norm=True,
+    cap_feat_dim=WIDTH,
+    axes_dims=[16, 24, 24],
+)
+Z_IMAGE = dict(
+    LUMINA, dim=256, n_heads=4, n_kv_heads=None, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32
+)
+QWEN = dict(
+    image_model="qwen_image",
+    in_channels=16,
+    out_channels=4,
+    num_layers=6,
+    attention_head_dim=64,
+    num_attention_heads=2,
+    joint_attention_dim=WIDTH,
+    axes_dims_rope=(16, 24, 24),
+)
+WAN = dict(image_model="wan2.1", dim=128, ffn_dim=512, num_heads=2, num_layers=6, text_dim=WIDTH, in_dim=4, out_dim=4)
+HUNYUAN = dict(
+    image_model="hunyuan_video",
+    in_channels=4,
+    out_channels=4,
+    vec_in_dim=32,
+    context_in_dim=WIDTH,
+    hidden_size=128,
+    mlp_ratio=4.0,
+    num_heads=2,
+    depth=3,
+    depth_single_blocks=4,
+    axes_dim=[16, 24, 24],
+    theta=256,
+    patch_size=[1, 2, 2],
+    qkv_bias=True,
+    guidance_embed=True,
+    byt5=False,
+    meanflow=False,
+    use_cond_type_embedding=False,
+    vision_in_dim=None,
+    meanflow_sum=False,
+)
+
+
+def text_mask(seed):
+    """Leaves out the last of 7 text tokens."""
+    return {"attention_mask": (torch.arange(TOKENS)[None] < TOKENS - seed).long()}
+
+
 def square_mask(seed):
     """Added to the scores of 7 text and 16 image tokens."""
     mask = torch.randn(1, 23, 23, generator=torch.Generator().manual_seed(seed))
@@ -52,18 +115,21 @@ class Toy(NamedTuple):
     adapter: str  # file of its adapter
     frames: int = 0  # of its latents; 0 for pictures
     before: int = 0  # attentions of the forward before the first block
-    each: int = 1  # attentions of a block
+    each: tuple = (1,)  # attentions from one block to the next, in turn
+    patch: int = 2  # latents along the side of a token
     joint: bool = True  # text and image attend together
     least: int = 0  # text tokens, filled up by the host
     padding: int = 1  # text and image tokens come in multiples of it
     shares: bool = True  # rows may share blocks
     replaces: bool = True  # the host offers to replace its blocks
     controls: tuple = ()  # lists of ControlNet residuals it takes
+    odd: bool = True  # the host fills odd sizes up
     mask: Callable | None = None  # seed -> a conditioning's options with an attention mask
     width: int = 128  # of its hidden states
 
     def attentions(self, blocks):
-        return self.each * blocks
+        """Attentions of the forward before block number `blocks`."""
+        return self.before + sum(self.each[i % len(self.each)] for i in range(blocks))
 
 
 TOYS = {
@@ -89,12 +155,54 @@ TOYS = {
         "flux",
         shares=False,
     ),
+    "sd3": Toy(mb.SD3, SD3, "sd3", controls=("output",)),
+    "sd3.5 medium": Toy(mb.SD3, dict(SD3, x_block_self_attn=True, qk_norm="rms"), "sd3", each=(2,)),
+    "lumina": Toy(mb.Lumina2, LUMINA, "lumina", before=4, replaces=False),
+    "z-image": Toy(mb.Lumina2, Z_IMAGE, "lumina", before=4, padding=32, replaces=False),
+    "z-image pixel": Toy(
+        mb.ZImagePixelSpace,
+        dict(Z_IMAGE, decoder_hidden_size=32, decoder_num_res_blocks=1, decoder_max_freqs=2),
+        "lumina",
+        before=4,
+        padding=32,
+        replaces=False,
+        shares=False,
+    ),
+    "qwen": Toy(mb.QwenImage, QWEN, "qwen", frames=1, controls=("input",), mask=text_mask),
+    "wan": Toy(mb.WAN21, WAN, "wan", frames=3, each=(2,), joint=False),
+    "wan vace": Toy(
+        mb.WAN21_Vace, dict(WAN, vace_layers=3, vace_in_dim=96), "wan", frames=3, each=(4, 2), joint=False, odd=False
+    ),
+    "hunyuan video": Toy(
+        mb.HunyuanVideo, HUNYUAN, "hunyuan", frames=3, before=2, odd=False, controls=("input", "output")
+    ),
+    "hunyuan video 1.5": Toy(
+        mb.HunyuanVideo15,
+        dict(HUNYUAN, in_channels=9, patch_size=[1, 1, 1], vec_in_dim=None, use_cond_type_embedding=True),
+        "hunyuan",
+        frames=3,
+        before=2,
+        patch=1,
+    ),
+    "hunyuan image": Toy(
+        mb.HunyuanImage21,
+        dict(HUNYUAN, patch_size=[1, 1], axes_dim=[32, 32], vec_in_dim=None, guidance_embed=False),
+        "hunyuan",
+        before=2,
+        patch=1,
+    ),
 }
 
 
 def model(name, dtype=torch.float32, seed=0):
     made = TOYS[name]
-    return toy.model(made.config, "flow", dtype, seed, made.base)
+    patcher = toy.model(made.config, "flow", dtype, seed, made.base)
+    network = patcher.model.diffusion_model
+    for buffer in network.buffers():
+        buffer.fill_(0.1)
+    for embedding in (m for path, m in network.named_modules() if path.endswith("patch_embedding")):
+        embedding.float()  # the host keeps Wan's so
+    return patcher
 
 
 def text(seed, tokens=TOKENS, **options):
@@ -166,7 +274,7 @@ class MaskedAttention:
         if number not in self.numbers:
             return function(q, k, v, heads, mask, **kwargs)
         if not kwargs.get("skip_reshape"):
-            q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+            q, k, v = (t.flatten(2).unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         n = q.shape[2]
         image = slice(0, n) if self.first is None else slice(self.first, self.first + self.count)
         hidden = torch.zeros(n, n, dtype=torch.bool)
@@ -188,8 +296,8 @@ def layers(made):
 def masked(name, made, edited, tokens=TOKENS, height=8, width=8):
     """The oracle of attention with the identity in the layers `edited`."""
     about, order = TOYS[name], layers(made)
-    numbers = [about.before + about.each * order.index(layer) for layer in edited]
+    numbers = [about.attentions(order.index(layer)) for layer in edited]
     if not about.joint:
         return MaskedAttention(numbers, None, None)
-    count = max(about.frames, 1) * -(-height // 2) * -(-width // 2)
+    count = max(about.frames, 1) * -(-height // about.patch) * -(-width // about.patch)
     return MaskedAttention(numbers, max(-(-tokens // about.padding) * about.padding, about.least), count)

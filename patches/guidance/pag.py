@@ -5,12 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..shared.architectures import flux, self_attention_layers, unet
+from ..shared.architectures import flux, hunyuan, lumina, qwen, sd3, self_attention_layers, unet, wan
 from ..shared.steering import Term, Weak, number, steer
 
 AUTO = {
     unet.name: "middle",  # the paper's choice for Stable Diffusion
-    flux.name: "50%",  # no published choice that was compared with others
+    sd3.name: "55%",  # double.13 of 24 (huggingface/diffusers #8861, which compares layers)
+    # No published comparison. Half depth, where PAG is put in SD3, in PixArt-Sigma (14 of 28, huggingface/diffusers
+    # #8921) and in HunyuanDiT (16-19 of 40).
+    flux.name: "50%",
+    lumina.name: "50%",
+    qwen.name: "50%",
+    wan.name: "50%",
+    hunyuan.name: "50%",
 }
 
 

@@ -14,9 +14,9 @@ An adapter is a module or class with
 from contextlib import contextmanager
 
 from ..layers import listing, resolve
-from . import flux, unet
+from . import flux, hunyuan, lumina, qwen, sd3, unet, wan
 
-ADAPTERS = (unet, flux)
+ADAPTERS = (unet, flux, sd3, lumina, qwen, wan, hunyuan)
 
 
 def self_attention_layers(model, text, auto):

@@ -40,8 +40,7 @@ def _attention(rows, tokens, kind, previous, function, q, k, v, heads, *args, **
         if edit is None:
             outputs.append(attention(*part, heads, **own))
             continue
-        if by_head:
-            part = [t.transpose(1, 2).flatten(2) for t in part]
+        part = [t.transpose(1, 2).flatten(2) if by_head else t.flatten(2) for t in part]
         out = edit(AttnCall(*part, heads, layer, kind, own["mask"], text, image, rows.shape))
         if isinstance(out, AttnCall):
             own |= {"mask": out.mask, "skip_reshape": False, "skip_output_reshape": False}
