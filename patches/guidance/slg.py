@@ -6,10 +6,19 @@ Published with Stable Diffusion 3.5 medium (Stability AI 2024); for video transf
 
 from dataclasses import dataclass
 
-from ..shared.architectures import skippable_layers, unet
+from ..shared.architectures import flux, hunyuan, lumina, qwen, sd3, skippable_layers, unet, wan
 from ..shared.steering import Term, Weak, number, steer
 
-AUTO = {unet.name: "middle"}  # no published choice
+AUTO = {
+    sd3.name: "double.7-9",  # Stability AI's for Stable Diffusion 3.5 medium
+    wan.name: "double.9",  # what users of Wan 14B settled on
+    # No published choice: half depth, as for PAG.
+    unet.name: "middle",
+    flux.name: "50%",
+    lumina.name: "50%",
+    qwen.name: "50%",
+    hunyuan.name: "50%",
+}
 
 
 @dataclass(frozen=True)
