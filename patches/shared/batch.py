@@ -5,8 +5,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from .architectures import adapter_of, hold, needs_hooks
 from .combine import with_roles
 from .control import Shared, residuals
@@ -49,19 +47,10 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     if "model_function_wrapper" in options:
         options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
     out = executor(model, conds, x, timestep, options)
-    if run.spared is not None and "negative" in roles:
-        _spare(run, roles, out)
     call.predictions.update(zip(roles, out, strict=True))
     if branches:
         out[index] = out[-1]
     return out[:count]
-
-
-def _spare(run, roles, out):
-    """The negative of an item that is spared it is its positive."""
-    positive, at = out[roles.index("positive")], roles.index("negative")
-    spared = torch.tensor(run.spared, device=positive.device).view(-1, *[1] * (positive.ndim - 1))
-    out[at] = positive.where(spared, out[at])
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):

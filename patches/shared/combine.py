@@ -1,12 +1,23 @@
 """The fixed order in which predictions become the D that the sampler gets."""
 
+import torch
+
 from .steering import ROLES, Other
 
 
 def before_cfg(call, args):
     """The first pre_cfg function: keeps what the network said before other nodes edit it."""
-    call.predictions.update(zip(("positive", "negative"), args["conds_out"], strict=False))
-    return args["conds_out"]
+    out = args["conds_out"]
+    if call.run.spared is not None:
+        out = [out[0], _spare(call.run.spared, *out[:2]), *out[2:]]
+    call.predictions.update(zip(("positive", "negative"), out, strict=False))
+    return out
+
+
+def _spare(spared, positive, negative):
+    """The negative of an item that is spared it is its positive, whether or not its row was left out."""
+    spared = torch.tensor(spared, device=positive.device).view(-1, *[1] * (positive.ndim - 1))
+    return positive.where(spared, negative)
 
 
 def after_cfg(call, args):

@@ -48,6 +48,7 @@ class Run:
         self.size = noise.shape[0]  # items of the batch
         self.state = {}  # term -> what it remembers between steps
         self.renoise = None  # D whose noise the next step keeps, for samplers that ask; None: the D they were handed
+        self.needs_negative = False  # whoever acts at this evaluation: for terms that would do without it
         self.spared = None  # [B] bools: items whose negative need not be predicted; None: all are
         self.stats = Stats(noise.shape)
         self.standard = _forms_the_pair(guider)
@@ -190,6 +191,7 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     # one look at sigma per evaluation, and none while every term is always on
     sigma = None if all(term.schedule.always for term, _, _ in run.terms) else float(timestep.max())
     weighed = [(term, window.weight(sigma), branches) for term, window, branches in run.terms]
+    run.needs_negative = any(term.needs_negative for term, weight, _ in weighed if weight)
     guider, cfg = run.guider, getattr(run.guider, "cfg", None)
     try:
         for term, weight, _ in weighed:

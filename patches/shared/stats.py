@@ -9,6 +9,7 @@ class Stats:
         self.size = prod(shape[1:])  # elements of one full-size latent
         self.evaluations = 0
         self.forwards = 0
+        self.saved = 0  # negatives that guidance did without
         self.rows = Counter()  # role -> rows of the batch
         self.work = Counter()  # role -> rows as shares of a full-size row: an area of half the picture counts 0.5
 
@@ -29,4 +30,5 @@ class Stats:
         return (
             f"Steer: {self.evaluations} evaluations, {self.forwards} forwards, {self.rows.total()} rows, "
             f"work of {self.work.total():.4g} single-image forwards ({shares})"
+            + (f", {self.saved} negatives spared" if self.saved else "")
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toy
 from steer.patches.guidance import (
+    adaptiveguidance,
     apg,
     betacfg,
     cfgpp,
@@ -32,6 +33,7 @@ ON = {
     "SAG": lambda m, s=Schedule(): sag.apply(m, 0.5, 2.0, s),
     "APG": lambda m, s=Schedule(): apg.apply(m, 0.0, 15.0, -0.5, s),
     "CFG++": lambda m, s=Schedule(): cfgpp.apply(m, 0.6, s),
+    "AdaptiveGuidance": lambda m, s=Schedule(): adaptiveguidance.apply(m, -1.0, s),
     "Negative": lambda m, s=Schedule(): negative.apply(m, toy.text(11), 3.0, s),
     "GuidanceSchedule": lambda m, s=Schedule(): guidanceschedule.apply(m, 5.0, 9.0, "custom", s),
     "TCFG": lambda m, s=Schedule(): tcfg.apply(m, 1.0, s),
@@ -54,6 +56,8 @@ OFF = {
     "APG closed": lambda m: apg.apply(m, 0.0, 15.0, -0.5, Schedule(1.0, 1.0)),
     "CFG++ strength 0": lambda m: cfgpp.apply(m, 0.0, Schedule()),
     "CFG++ closed": lambda m: cfgpp.apply(m, 0.6, Schedule(0.7, 0.3)),
+    "AdaptiveGuidance threshold 1": lambda m: adaptiveguidance.apply(m, 1.0, Schedule()),
+    "AdaptiveGuidance closed": lambda m: adaptiveguidance.apply(m, 0.5, Schedule(0.5, 0.5)),
     "Negative scale 0": lambda m: negative.apply(m, toy.text(11), 0.0, Schedule()),
     "Negative closed": lambda m: negative.apply(m, toy.text(11), 3.0, Schedule(0.5, 0.5)),
     "GuidanceSchedule closed": lambda m: guidanceschedule.apply(m, 1.0, 9.0, "custom", Schedule(0.7, 0.3)),

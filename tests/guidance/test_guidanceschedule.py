@@ -25,7 +25,7 @@ def oracle(model, w_of, steps=STEPS, sampler="euler", start=None):
     """The host's own CFG with the cfg set anew at each sigma: a guider of the test, without our nodes."""
 
     class Scheduled(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options={}, seed=None):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
             self.cfg = w_of(float(timestep.max()))
             return super().predict_noise(x, timestep, model_options, seed)
 

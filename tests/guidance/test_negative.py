@@ -27,7 +27,7 @@ def oracle(model, minus, cfg=5.0, share=1.0, **options):
     """
 
     class Minus(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options={}, seed=None):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
             def D(name):
                 return comfy.samplers.calc_cond_batch(
                     self.inner_model, [self.conds[name]], x, timestep, model_options
