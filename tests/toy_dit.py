@@ -41,7 +41,7 @@ CHROMA = dict(
 SD3 = dict(
     in_channels=4,
     depth=2,  # heads of 64
-    num_blocks=6,
+    num_blocks=10,
     adm_in_channels=32,
     context_embedder_config=dict(target="torch.nn.Linear", params=dict(in_features=WIDTH, out_features=128)),
     pos_embed_max_size=16,
@@ -71,7 +71,7 @@ QWEN = dict(
     joint_attention_dim=WIDTH,
     axes_dims_rope=(16, 24, 24),
 )
-WAN = dict(image_model="wan2.1", dim=128, ffn_dim=512, num_heads=2, num_layers=6, text_dim=WIDTH, in_dim=4, out_dim=4)
+WAN = dict(image_model="wan2.1", dim=128, ffn_dim=512, num_heads=2, num_layers=10, text_dim=WIDTH, in_dim=4, out_dim=4)
 HUNYUAN = dict(
     image_model="hunyuan_video",
     in_channels=4,
@@ -171,7 +171,7 @@ TOYS = {
     "qwen": Toy(mb.QwenImage, QWEN, "qwen", frames=1, controls=("input",), mask=text_mask),
     "wan": Toy(mb.WAN21, WAN, "wan", frames=3, each=(2,), joint=False),
     "wan vace": Toy(
-        mb.WAN21_Vace, dict(WAN, vace_layers=3, vace_in_dim=96), "wan", frames=3, each=(4, 2), joint=False, odd=False
+        mb.WAN21_Vace, dict(WAN, vace_layers=5, vace_in_dim=96), "wan", frames=3, each=(4, 2), joint=False, odd=False
     ),
     "hunyuan video": Toy(
         mb.HunyuanVideo, HUNYUAN, "hunyuan", frames=3, before=2, odd=False, controls=("input", "output")

@@ -13,10 +13,14 @@ class PerturbedAttentionGuidance(io.ComfyNode):
             category="steer/guidance",
             description="Sharper structure and fewer broken shapes: pushes each step away from what the same model "
             "draws when its self-attention is switched to the identity. Works with any sampler, with and without "
-            "CFG. Costs one more row of the batch.",
+            "CFG. Costs part of one more row of the batch.",
             search_aliases=["PAG", "perturbed attention", "self-attention guidance", "structure"],
             inputs=[
-                io.Model.Input("model", tooltip="A UNet model (SD1.x, SD2.x, SDXL)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.x, SD2.x, SDXL, SD3, Flux, Chroma, Lumina 2, Z-Image, Qwen-Image, Wan, HunyuanVideo "
+                    "and their kin; others raise an error.",
+                ),
                 io.Float.Input(
                     "scale",
                     default=3.0,
@@ -26,13 +30,7 @@ class PerturbedAttentionGuidance(io.ComfyNode):
                     tooltip="How hard to push. Higher gives firmer shapes and more contrast; far above 5 "
                     "oversaturates. 0 is off. Lower the CFG a little when you use it.",
                 ),
-                io.String.Input(
-                    "layers",
-                    default="auto",
-                    tooltip='Which self-attention layers to perturb: "auto" (the paper\'s: middle), "middle", '
-                    '"output.3-5", "input.8", "50%-70%" of the depth, or several with commas. More layers push '
-                    "harder.",
-                ),
+                inputs.layers("perturb", "the paper's: middle; half depth on DiTs"),
                 *inputs.window(),
                 inputs.curve("the scale"),
             ],
