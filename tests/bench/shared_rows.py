@@ -154,7 +154,7 @@ def main():
         "",
         "Made by `python tests/bench/shared_rows.py`: FLOPs of one step of PAG on one layer, counted at the real size "
         "of the models without weights. The naive way is one extra forward per node. The bound is 2F + (F - P), "
-        "F + (F - P) at cfg 1, where F is a row and P its part before the perturbed block; ours can lie below it, since "
+        "F + (F - P) at cfg 1, where F is a row and P its part before the perturbed block; ours can lie below, since "
         "the weak row's attention is not computed.",
         "",
         "| model | layer | ours / naive | ours / bound | ours / naive at cfg 1 | weak row costs |",
