@@ -8,6 +8,7 @@ import toy
 from steer.patches.guidance import (
     adaptiveguidance,
     apg,
+    autoguidance,
     betacfg,
     cfgpp,
     cfgzerostar,
@@ -25,6 +26,15 @@ from steer.patches.guidance import (
 from steer.patches.shared.schedule import Schedule
 
 STEPS = 6
+
+
+def weakened(model):
+    """A worse model as another pack makes one of the same network."""
+    model = model.clone()
+    model.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)
+    return model
+
+
 ON = {
     "PAG": lambda m, s=Schedule(): pag.apply(m, 3.0, "auto", s),
     "PAG-layers": lambda m, s=Schedule(): pag.apply(m, 2.0, "middle, output.1-2", s),
@@ -34,6 +44,7 @@ ON = {
     "APG": lambda m, s=Schedule(): apg.apply(m, 0.0, 15.0, -0.5, s),
     "CFG++": lambda m, s=Schedule(): cfgpp.apply(m, 0.6, s),
     "AdaptiveGuidance": lambda m, s=Schedule(): adaptiveguidance.apply(m, -1.0, s),
+    "AutoGuidance": lambda m, s=Schedule(): autoguidance.apply(m, weakened(m), 2.0, s),
     "Negative": lambda m, s=Schedule(): negative.apply(m, toy.text(11), 3.0, s),
     "GuidanceSchedule": lambda m, s=Schedule(): guidanceschedule.apply(m, 5.0, 9.0, "custom", s),
     "TCFG": lambda m, s=Schedule(): tcfg.apply(m, 1.0, s),
@@ -58,6 +69,8 @@ OFF = {
     "CFG++ closed": lambda m: cfgpp.apply(m, 0.6, Schedule(0.7, 0.3)),
     "AdaptiveGuidance threshold 1": lambda m: adaptiveguidance.apply(m, 1.0, Schedule()),
     "AdaptiveGuidance closed": lambda m: adaptiveguidance.apply(m, 0.5, Schedule(0.5, 0.5)),
+    "AutoGuidance scale 0": lambda m: autoguidance.apply(m, weakened(m), 0.0, Schedule()),
+    "AutoGuidance closed": lambda m: autoguidance.apply(m, weakened(m), 2.0, Schedule(0.5, 0.5)),
     "Negative scale 0": lambda m: negative.apply(m, toy.text(11), 0.0, Schedule()),
     "Negative closed": lambda m: negative.apply(m, toy.text(11), 3.0, Schedule(0.5, 0.5)),
     "GuidanceSchedule closed": lambda m: guidanceschedule.apply(m, 1.0, 9.0, "custom", Schedule(0.7, 0.3)),
