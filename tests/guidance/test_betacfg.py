@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import toy
+from comfy_extras.nodes_model_advanced import RescaleCFG
 from steer.patches.guidance import apg, betacfg, fdg
 from steer.patches.shared.schedule import Schedule
 
@@ -151,6 +152,15 @@ def test_no_forward_of_its_own_and_nothing_at_cfg_one(model):
 def test_with_apg_it_weighs_the_reshaped_difference(model):
     both = apg.apply(steered(model), 0.0, 2.0, 0.0, Schedule())
     assert toy.sample(both).isfinite().all() and not torch.equal(toy.sample(both), toy.sample(steered(model)))
+
+
+def test_another_nodes_formula_gets_the_weight(model):
+    """RescaleCFG and the like take cfg as a number or one per item."""
+    foreign = steered(model)
+    foreign.set_model_sampler_cfg_function(lambda a: a["uncond"] + a["cond_scale"] * (a["cond"] - a["uncond"]))
+    start = toy.noise(batch=2)
+    assert near(toy.sample(foreign, start=start), toy.sample(steered(model), start=start))
+    assert toy.sample(RescaleCFG().patch(steered(model), 0.7)[0], start=start).isfinite().all()
 
 
 def test_beside_another_weight_it_is_refused(model):

@@ -2,6 +2,7 @@ import pytest
 import torch
 import toy
 from comfy_extras.nodes_cfg import CFGZeroStar
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from steer.patches.guidance import apg, cfgpp, cfgzerostar, tcfg
 from steer.patches.shared.schedule import Schedule
 
@@ -169,6 +170,15 @@ def test_it_comes_before_tcfg_and_apg(model):
 
     before.set_model_sampler_pre_cfg_function(scaled)
     assert near(ours, toy.sample(apg.apply(tcfg.apply(before, 1.0, Schedule()), *args)))
+
+
+def test_guiders_with_arithmetic_of_their_own_are_refused(model):
+    """Peers fail there in mid-run, or are ignored without a word."""
+    guider = Guider_PerpNeg(steered(model))
+    guider.set_conds(toy.POSITIVE, toy.NEGATIVE, toy.NEGATIVE)
+    guider.set_cfg(5.0, 1.0)
+    with pytest.raises(ValueError, match="SteerCFGZeroStar: acts on positive - negative, which Guider_PerpNeg"):
+        toy.sample(model, guider=guider)
 
 
 @pytest.mark.parametrize("zero_init", [-0.1, 1.1, float("nan"), float("inf")])

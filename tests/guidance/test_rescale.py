@@ -128,6 +128,13 @@ def test_with_apg_and_pag_all_that_is_guided_is_rescaled(model):
     assert float(v.std()) == pytest.approx(float(v_c.std()), rel=1e-4)
 
 
+def test_it_works_under_another_nodes_formula(model):
+    """One slot of the host holds the formula; the correction is not in it, so that none is lost."""
+    foreign = steered(model)
+    foreign.set_model_sampler_cfg_function(lambda a: a["uncond"] + a["cond_scale"] * (a["cond"] - a["uncond"]))
+    assert near(toy.sample(foreign), toy.sample(steered(model)))
+
+
 def test_pag_alone_is_rescaled_without_cfg(model, caplog):
     alone = pag.apply(model, 3.0, "auto", Schedule())
     with caplog.at_level(logging.WARNING):
