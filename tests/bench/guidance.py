@@ -1,4 +1,7 @@
-"""Cost of guidance: forwards, FLOPs and time per step, for plain CFG, core's PAG and SteerPAG.
+"""Cost of guidance: forwards, rows, FLOPs and time per step, alone and together, against core and the naive way.
+
+The naive way is one forward of its own per extra prediction, after the guider's, as nodes do that know nothing of each
+other.
 
     python tests/bench/guidance.py [--repeats 5] [--models lab sd15]
 
@@ -40,20 +43,56 @@ def sd15():
 MODELS = {"lab": ("Lab-UNet, 128 px", lab), "sd15": ("SD1.5 UNet, full size, random weights, 256 px", sd15)}
 
 
-def methods(model):
+def methods(model, conds):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-    from steer.patches.guidance import apg, cfgpp, pag
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+    from steer.patches.guidance import apg, cfgpp, negative, pag, report, sag, seg, slg, tcfg
     from steer.patches.shared.schedule import Schedule
 
     always = Schedule()
+    texts = [[[c[0] * scale, c[1]] for c in conds["negative"]] for scale in (0.9, 1.1)]
+
+    def together(m):
+        m = seg.apply(pag.apply(m, 3.0, "middle", always), 3.0, 10.0, "middle", always)
+        for text in texts:
+            m = negative.apply(m, text, 1.0, always)
+        return m
+
     return {
         "CFG": model,
         "core PAG": PerturbedAttentionGuidance.execute(model, 3.0).result[0],
         "SteerPAG": pag.apply(model, 3.0, "auto", always),
+        "SteerPAG, rows not shared": report.sharing(pag.apply(model, 3.0, "auto", always), False),
         "SteerPAG to 40 %": pag.apply(model, 3.0, "auto", Schedule(0.0, 0.4)),
+        "SteerSEG": seg.apply(model, 3.0, 100.0, "auto", always),
+        "SteerSLG": slg.apply(model, 3.0, "auto", always),
+        "core SAG": SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0],
+        "SteerSAG": sag.apply(model, 0.5, 2.0, always),
         "SteerAPG": apg.apply(model, 0.0, 15.0, -0.5, always),
+        "SteerTCFG": tcfg.apply(model, 1.0, always),
         "SteerCFGPP": cfgpp.apply(model, 0.6, always),
+        "naive PAG + SEG + two negatives": naive(model, 4),
+        "PAG + SEG + two negatives": together(model),
+        "PAG + SEG + two negatives + APG + TCFG": tcfg.apply(
+            apg.apply(together(model), 0.0, 15.0, -0.5, always), 1.0, always
+        ),
     }
+
+
+def naive(model, count):
+    """`count` predictions more, each in a forward of its own after the guider's."""
+    import comfy.samplers
+
+    def post_cfg(args):
+        out = args["denoised"]
+        for _ in range(count):
+            call = args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
+            out = out + (args["cond_denoised"] - comfy.samplers.calc_cond_batch(*call)[0]) * 0.1
+        return out
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(post_cfg)
+    return model
 
 
 def measure(name, repeats):
@@ -63,7 +102,7 @@ def measure(name, repeats):
 
     label, make = MODELS[name]
     model, conds, size = make()
-    kinds = methods(model)
+    kinds = methods(model, conds)
 
     def run(kind):
         # a schedule whose steps lie on both sides of 40 %
@@ -77,7 +116,7 @@ def measure(name, repeats):
     times = {kind: [] for kind in kinds}
     for i in range(repeats):
         for kind in kinds:
-            print(f"\r{label}: round {i + 1} of {repeats}, {kind:<20}", end="", file=sys.stderr, flush=True)
+            print(f"\r{label}: round {i + 1} of {repeats}, {kind:<40}", end="", file=sys.stderr, flush=True)
             start = time.perf_counter()
             run(kind)
             times[kind].append(time.perf_counter() - start)

@@ -11,7 +11,7 @@ Prompts name every factor of held-out portraits, so the truth can be drawn. Per 
     diversity   distance between pictures of one prompt and different seeds, in the reader's features
 and, without any prompt and without CFG,
     FD          Frechet distance between samples and drawn portraits in the reader's features: lower is more real
-Writes tests/bench/lab_guidance.md.
+Writes tests/bench/lab_guidance.md and nodes/help/guidance.jpg.
 """
 
 import argparse
@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import host  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_guidance.md")
+PICTURE = host.ROOT / "nodes" / "help" / "guidance.jpg"
 STEPS = 20
 
 
@@ -76,6 +77,7 @@ def measure(steer=lambda model: model, prompts=32, seeds=4, which="unet", **samp
     x, drawn = torch.cat(made), drawn.repeat(seeds, 1, 1, 1)
     apart = [(features(a) - features(b)).norm(dim=1).mean() for a, b in combinations(made, 2)]
     return {
+        "pictures": made[0][:4],
         "rows": count.rows / (prompts * seeds * sampling["steps"]),
         "hits": float(hits(reader, x, portraits * seeds).float().mean()),
         "PSNR": float((-10 * (x - drawn).square().flatten(1).mean(1).log10()).mean()),
@@ -141,6 +143,24 @@ def text(words):
     return clip.encode_from_tokens_scheduled(clip.tokenize(words))
 
 
+def grid(settings, across=6):
+    """One tile of four pictures per setting, [(name, figures)], with its figures under it."""
+    from PIL import Image, ImageDraw
+
+    side, text = 2 * settings[0][1]["pictures"].shape[-1] + 2, 30
+    rows = -(-len(settings) // across)
+    sheet = Image.new("RGB", (across * (side + 8) - 8, rows * (side + text + 6)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (name, figures) in enumerate(settings):
+        x, y = n % across * (side + 8), n // across * (side + text + 6)
+        for i, picture in enumerate(figures["pictures"]):
+            tile = Image.fromarray((picture.movedim(0, -1) * 255).round().byte().numpy())
+            sheet.paste(tile, (x + i % 2 * (tile.width + 2), y + i // 2 * (tile.height + 2)))
+        draw.text((x, y + side + 3), name, fill="black")
+        draw.text((x, y + side + 15), f"hits {figures['hits']:.3f}, PSNR {figures['PSNR']:.1f}", fill="black")
+    return sheet
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
@@ -158,12 +178,16 @@ def main():
         "models. Differences of 0.005 in hits, 0.1 dB and 0.002 in saturation and contrast are noise.",
     ]
     for title, columns, settings in TABLES:
+        shown = []
         lines += ["", f"## {title}", "", f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for name, run in settings():
             figures = run(args.prompts, args.seeds)
             lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3f}' for column in columns)} |")
             print(lines[-1], flush=True)
+            shown.append((name, figures))
             RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if title == TABLES[0][0]:
+            grid(shown).save(PICTURE, quality=85)
 
 
 if __name__ == "__main__":
