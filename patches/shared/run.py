@@ -191,7 +191,9 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     # one look at sigma per evaluation, and none while every term is always on
     sigma = None if all(term.schedule.always for term, _, _ in run.terms) else float(timestep.max())
     weighed = [(term, window.weight(sigma), branches) for term, window, branches in run.terms]
-    run.needs_negative = any(term.needs_negative for term, weight, _ in weighed if weight)
+    # a term that looks at attention must find all rows of the negative, or none
+    keeps = (term.needs_negative or overrides(term, "taps") for term, weight, _ in weighed if weight)
+    run.needs_negative = any(keeps)
     guider, cfg = run.guider, getattr(run.guider, "cfg", None)
     try:
         for term, weight, _ in weighed:

@@ -3,7 +3,7 @@ import pytest
 import torch
 import toy
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from steer.patches.guidance import pag, sag
+from steer.patches.guidance import adaptiveguidance, pag, sag
 from steer.patches.shared.attention import AttnCall
 from steer.patches.shared.layers import Layer
 from steer.patches.shared.schedule import Schedule
@@ -86,6 +86,14 @@ def test_beside_pag_it_costs_one_forward_more(model):
     alone = [toy.sample(m, steps=1) for m in single]
     plain = toy.sample(model, steps=1)
     assert near(toy.sample(both, steps=1) - plain, alone[0] + alone[1] - 2 * plain, 1e-3)
+
+
+def test_adaptive_guidance_waits_for_it(model):
+    """It could not look at a negative whose rows are left out."""
+    looked = sag.apply(model, 0.5, 2.0, ALWAYS)
+    both = adaptiveguidance.apply(looked, -1.0, ALWAYS)
+    start = toy.noise(batch=2)
+    assert near(toy.sample(both, start=start), toy.sample(looked, start=start), 1e-6)
 
 
 def test_models_without_the_map_are_refused():
