@@ -57,7 +57,10 @@ class Trainer:
         self.model = self.base.diffusion_model
         self.vocabulary = Vocabulary()
         self.encoder = Encoder(len(self.vocabulary.ids) + 1).to(common.device()).requires_grad_(False)
-        text = common.restore(work / "unet.ckpt")["average"]
+        trained = common.restore(work / "unet.ckpt")
+        if trained is None:
+            raise FileNotFoundError(f"{work / 'unet.ckpt'} holds the text encoder: run the stage unet first.")
+        text = trained["average"]
         self.encoder.load_state_dict({k.removeprefix("text."): v for k, v in text.items() if k.startswith("text.")})
         adam = ("mod", "final_layer", "_in.")
         self.optimiser = common.Muon(*common.split(self.model.named_parameters(), adam), lr=lr)

@@ -8,6 +8,7 @@
     python models/lab/train.py reader              the reader, first on renders, then also through the VAE
     python models/lab/train.py unet                Lab-UNet and the text encoder
     python models/lab/train.py dit                 Lab-DiT, on the UNet's text encoder
+    python models/lab/train.py dit-weak            the same network for a few minutes
     python models/lab/train.py export              fp16 safetensors beside this file
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
@@ -23,8 +24,8 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "eval")
-MINUTES = {"vae": 20.5, "unet": 31, "dit": 75}
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "eval")
+MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 9}
 PARTS = ("vae", "reader", "unet", "unet-weak", "dit", "leak", "dit-leak", "dit-heeds", "seconds", "dit-seconds",
          "megabytes")  # fmt: skip
 
@@ -34,7 +35,7 @@ def arguments():
     parser.add_argument("stage", choices=("all", *STAGES))
     work = ROOT / ".steer" / "lab"
     parser.add_argument("--work", type=Path, default=work, help="checkpoints and data (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help=f"training budget of vae, unet or dit (default: {MINUTES})")
+    parser.add_argument("--minutes", type=float, help=f"budget of a timed stage (default: {MINUTES})")
     parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="batch of vae (16), unet (48) or dit (48)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
@@ -64,8 +65,8 @@ def run(stage, o):
     elif stage == "unet":
         budget = 60 * (o.minutes or MINUTES["unet"])
         module("unet").train(o.work, budget, o.batch or 48, seed=o.seed)
-    elif stage == "dit":
-        module("dit").train(o.work, 60 * (o.minutes or MINUTES["dit"]), o.batch or 48, seed=o.seed)
+    elif stage in ("dit", "dit-weak"):
+        module("dit").train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 48, seed=o.seed, name=stage)
     elif stage == "export":
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)

@@ -47,21 +47,27 @@ def test_it_is_the_hosts_flux(models):
 def test_prompts_are_obeyed(models, reader):
     """24 prompts, one noise; the figures of 64 x 4 are in the card."""
     rates, _ = evaluate.prompt_hits(reader, models, 24, 1, first=100, **evaluate.FLOW)
-    assert sum(rates.values()) / len(FACTORS) >= 0.88
-    assert min(rates.values()) >= 0.70
+    assert sum(rates.values()) / len(FACTORS) >= 0.96
+    assert min(rates.values()) >= 0.85
 
 
-def test_without_guidance_prompts_are_followed_less(models, reader):
-    """What CFG is for, and what methods that replace it are measured by."""
-    rates = [evaluate.prompt_hits(reader, models, 16, 1, **{**evaluate.FLOW, "cfg": cfg})[0] for cfg in (1.0, 4.0)]
-    plain, guided = (sum(r.values()) / len(FACTORS) for r in rates)
-    assert guided >= plain
+def test_too_much_guidance_in_few_steps_harms(models, reader):
+    """What CFG-Zero*, CFG++ and their kin repair on a flow; with enough steps prompts are met at any scale."""
+    prompts = [evaluate.caption(p) for p in evaluate.data.held_out(12, 6000)[0]]
+
+    def fit(cfg):
+        made = sample(models, prompts, 1, cfg=cfg)
+        return sum(float(reader.score(made[i : i + 1], text)) for i, text in enumerate(prompts)) / len(prompts)
+
+    assert fit(2.0) > fit(7.0) + 0.05
 
 
 def test_the_context_is_heeded(models, reader):
-    """Where context and pooled vector contradict each other the context wins."""
-    context, pooled, _ = zip(*evaluate.heeds(reader, models, 16, **evaluate.FLOW).values(), strict=True)
-    assert sum(context) / len(FACTORS) > sum(pooled) / len(FACTORS) + 0.3
+    """Where it contradicts the pooled vector it wins; where it is empty the pooled vector sets the backdrop."""
+    shares = evaluate.heeds(reader, models, 16, **evaluate.FLOW)
+    context, pooled, _ = zip(*shares.values(), strict=True)
+    assert sum(context) / len(FACTORS) > sum(pooled) / len(FACTORS) + 0.7
+    assert min(shares[name][2] for name in ("pattern", "background")) > 0.5
 
 
 def test_times_are_those_of_a_straight_flow(models):
