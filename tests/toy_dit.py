@@ -7,6 +7,7 @@ from typing import NamedTuple
 import comfy.model_base as mb
 import torch
 import toy
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from steer.patches.shared.architectures import adapter_of
 from steer.patches.shared.steering import SHARE, Term, steer
 
@@ -150,7 +151,7 @@ TOYS = {
             nerf_final_head_type="conv",
             nerf_embedder_dtype=None,
             use_x0=False,
-            use_sequential_txt_ids=False,
+            **{key: False for key in ("use_sequential_txt_ids",) if key in ChromaRadianceParams.__dataclass_fields__},
         ),
         "flux",
         shares=False,
@@ -217,7 +218,7 @@ def noise(name, batch=1, height=8, width=8, seed=0):
 
 
 def sample(name, made, start=None, positive=None, negative=None, **options):
-    given = dict(start=noise(name) if start is None else start, steps=1, **options)
+    given = {"steps": 1, **options, "start": noise(name) if start is None else start}
     return toy.sample(made, positive=positive or text(1), negative=negative or text(2, TOKENS), **given)
 
 
@@ -236,9 +237,9 @@ class Probe(Term):
         self.seen.append({key: D.clone() for key, D in call.predictions.items()})
 
 
-def predictions(name, made, weak, share=True, cfg=3.0, **options):
+def predictions(name, made, weak, share=True, cfg=3.0, probe=Probe, **options):
     """What the network said of each branch in one evaluation: "positive", "negative" and each `Weak`."""
-    probe = Probe(weak=tuple(weak))
+    probe = probe(weak=tuple(weak))
     steered = steer(made, probe)
     steered.model_options[SHARE] = share
     sample(name, steered, cfg=cfg, **options)

@@ -316,6 +316,45 @@ def test_an_unknown_network_is_refused_by_name():
         pag.apply(toy.gaussian(), 3.0, "auto", Schedule())
 
 
+@every
+def test_rows_that_are_spared_come_back_after_the_last_block(models, name):
+    """An item whose negative is not needed: it is the positive, and the other item's is what it was."""
+
+    class Sparing(toy_dit.Probe):
+        def level(self, cfg, weight, run):
+            run.spared = [True, False]
+            return cfg
+
+    model, start = models(name), toy_dit.noise(name, batch=2)
+    layer = toy_dit.layers(model)[2]
+    seen = toy_dit.predictions(name, model, [perturbed(layer)], start=start, probe=Sparing)
+    rows = [dict(start=start[row : row + 1]) for row in (0, 1)]
+    positives = [toy_dit.alone(name, model, **row) for row in rows]
+    assert equal(seen["positive"], torch.cat(positives))
+    negative = toy_dit.alone(name, model, positive=toy_dit.text(2), **rows[1])
+    assert equal(seen["negative"], torch.cat((positives[0], negative)))
+    weak = [toy_dit.alone(name, model, toy_dit.masked(name, model, [layer]), **row) for row in rows]
+    assert equal(seen[perturbed(layer)], torch.cat(weak))
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen", "wan"])
+def test_work_of_another_node_between_blocks(models, name):
+    """It may combine hidden states with rows of the latent, so that all rows must be there."""
+    model = models(name)
+
+    def theirs(args):
+        assert args["img"].shape[0] == args["x"].shape[0]
+        return {**args, "img": args["img"] * (1 + 0.1 * args["x"].mean())}
+
+    patched = model.clone()
+    patched.set_model_patch(theirs, "double_block")
+    layer = toy_dit.layers(model)[2]
+    seen = toy_dit.predictions(name, patched, [perturbed(layer)])
+    assert equal(seen["positive"], toy_dit.alone(name, patched))
+    assert equal(seen[perturbed(layer)], toy_dit.alone(name, patched, toy_dit.masked(name, model, [layer])))
+    assert not equal(seen["positive"], toy_dit.alone(name, model))
+
+
 REFERENCES = [
     ("flux", "offset", 7),
     ("flux2", "index_timestep_zero", 512),
