@@ -45,7 +45,7 @@ def high_cfg():
             "CFG-Zero*": lambda m: cfgzerostar.apply(m, 0.0, ALWAYS),
             "rescale 0.7": lambda m: rescale.apply(m, 0.7, ALWAYS),
             "TAG 0.15": lambda m: tag.apply(m, 0.15, ALWAYS),
-            "feedback": lambda m: feedbackcfg.apply(m, ALWAYS),
+            "feedback": lambda m: feedbackcfg.apply(m, 1.0, 12.0, 23, 1.0, ALWAYS),
         }.items():
             yield pictures(f"CFG {cfg:g}, {name}", steer, cfg=cfg)
     yield pictures("CFG++ 0.6", lambda m: cfgpp.apply(m, 0.6, ALWAYS))
