@@ -30,6 +30,7 @@ METHODS = {
     "cfgpp": lambda text, other: (0.6,),
     "cfgzerostar": lambda text, other: (0.5,),
     "fdg": lambda text, other: (5.0, 10.0, 1),
+    "feedbackcfg": lambda text, other: (1.0, 12.0, 23, 1.0),
     "guidanceschedule": lambda text, other: (1.0, 9.0, "custom"),
     "negative": lambda text, other: (text, 3.0),
     "rescale": lambda text, other: (0.7,),
