@@ -27,7 +27,7 @@ class FeedbackCFG(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "high",
-                    default=12.0,
+                    default=7.5,
                     min=0.0,
                     max=100.0,
                     step=0.5,
@@ -36,7 +36,7 @@ class FeedbackCFG(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "candidates",
-                    default=23,
+                    default=14,
                     min=2,
                     max=1000,
                     tooltip="How many values between low and high it compares. More is finer and costs nothing "
@@ -45,7 +45,7 @@ class FeedbackCFG(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "fidelity",
-                    default=1.0,
+                    default=0.5,
                     min=0.0,
                     max=100.0,
                     step=0.05,

@@ -18,9 +18,9 @@ class FeedbackCFG(Term):
     """
 
     low: float = 1.0
-    high: float = 12.0
-    count: int = 23
-    fidelity: float = 1.0
+    high: float = 7.5
+    count: int = 14
+    fidelity: float = 0.5
     node = "SteerFeedbackCFG"
     needs_negative = True
     exclusive = True

@@ -64,7 +64,7 @@ def test_items_choose_for_themselves_over_everything_else(shape):
     g = torch.Generator().manual_seed(0)
     D_c = torch.randn(shape, generator=g)
     d = torch.randn(shape, generator=g) * torch.tensor([0.1, 0.5]).view(-1, *[1] * (len(shape) - 1))
-    term, w = feedbackcfg.FeedbackCFG(), torch.linspace(1.0, 12.0, 23)
+    term, w = feedbackcfg.FeedbackCFG(fidelity=1.0), torch.linspace(1.0, 12.0, 23)
     picked = w[term.score(D_c, d, w).argmax(1)].tolist()
     assert picked == [best(D_c[i], D_c[i] - d[i], w.tolist(), 1.0) for i in range(2)]
     assert picked[0] > picked[1]  # a small difference bears a larger weight
