@@ -6,7 +6,10 @@ import toy
 from comfy_extras.nodes_custom_sampler import Guider_Basic
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from steer.patches.guidance import pag
+from steer.patches.shared.attention import AttnCall
+from steer.patches.shared.layers import Layer
 from steer.patches.shared.schedule import Schedule
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 STEPS = 4
@@ -132,6 +135,25 @@ def test_patches_of_others_know_the_weak_row_as_positive(model):
     patched.set_model_attn2_patch(attn2)
     toy.sample(patched, steps=1)
     assert seen == {(0, 1), (0, 1, 0)}  # before and after the weak row joins
+
+
+@pytest.mark.parametrize("image", [(3, 9), (0, 6), (2, 7), (0, None)], ids=["last", "first", "between", "all"])
+def test_joint_attention_hides_image_tokens_from_each_other(image):
+    """Text rows are those of plain attention, image rows those under the explicit mask; alone, an image token is V."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 8, generator=g, dtype=torch.float64) for _ in "qkv")
+    out = pag.identity_attention(AttnCall(q, k, v, 2, Layer("double", 0), "joint", image=image))
+    hidden = torch.zeros(9, 9, dtype=torch.bool)
+    hidden[slice(*image), slice(*image)] = True
+    hidden.fill_diagonal_(False)
+    plain, masked = (
+        scaled_dot_product_attention(*(t.unflatten(2, (2, 4)).transpose(1, 2) for t in (q, k, v)), mask)
+        for mask in (None, ~hidden)
+    )
+    text = [n for n in range(9) if n not in range(9)[slice(*image)]]
+    assert torch.allclose(out[:, text], plain.transpose(1, 2).flatten(2)[:, text])
+    assert torch.allclose(out, masked.transpose(1, 2).flatten(2))
+    assert text or torch.allclose(out, v)
 
 
 @pytest.mark.parametrize(
