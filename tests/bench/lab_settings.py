@@ -102,6 +102,18 @@ def dit():
         yield pictures(f"CFG 1, {name}", steer, which="dit", cfg=1.0)
 
 
+def dit_unconditional():
+    for name, steer in {
+        "off": plain,
+        "PAG 0.25": lambda m: pag.apply(m, 0.25, "single.1", ALWAYS),
+        "PAG 0.5": lambda m: pag.apply(m, 0.5, "single.1", ALWAYS),
+        "SEG 0.5": lambda m: seg.apply(m, 0.5, 100.0, "single.1", ALWAYS),
+        "SLG 0.25": lambda m: slg.apply(m, 0.25, "single.1", ALWAYS),
+        "SLG 0.5": lambda m: slg.apply(m, 0.5, "single.1", ALWAYS),
+    }.items():
+        yield name, lambda prompts, seeds, s=steer: {"FD": unconditional(s, 48 * seeds, "dit", steps=8)}
+
+
 def negatives():
     for word, words in (("glasses", "glasses"), ("crown", "a crown")):
         for scale in (0.0, 1.0, 2.0, 4.0):
@@ -118,5 +130,6 @@ TABLES = [
     ("Rows spared, Lab-UNet", COLUMNS, spared),
     ("Without CFG, Lab-UNet", (*COLUMNS, "FD"), weak),
     ("Lab-DiT", COLUMNS, dit),
+    ("Without prompt and without CFG, Lab-DiT, 8 steps, layer single.1", ("FD",), dit_unconditional),
     ("Share of pictures that show what a subtractive negative names", ("shown",), negatives),
 ]

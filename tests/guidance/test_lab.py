@@ -8,9 +8,10 @@ from functools import cache
 import pytest
 import torch
 import toy
-from bench.lab_guidance import lab, measure
+from bench.lab_guidance import lab, measure, text, unconditional, without
 from steer.models.lab.evaluate import sample
-from steer.patches.guidance import apg, cfgpp, pag
+from steer.models.lab.load import load_model
+from steer.patches.guidance import apg, autoguidance, cfgpp, negative, pag, seg, slg
 from steer.patches.shared.architectures import adapter_of
 from steer.patches.shared.schedule import Schedule
 
@@ -36,6 +37,33 @@ def test_apg_rescues_a_high_cfg():
     assert burnt["PSNR"] < moderate["PSNR"] - 2.0
     assert rescued["PSNR"] > burnt["PSNR"] + 1.0
     assert rescued["hits"] > burnt["hits"] - 0.02
+
+
+def test_weak_branches_make_unguided_samples_more_real():
+    """The papers' own figure, on Lab-DiT without prompt and CFG: the Frechet distance falls. At 8 steps it was 215 of
+    192 samples without, 202 with PAG, 192 with SEG and 189 with SLG at 0.5, and in both halves of the samples."""
+    count = dict(count=96, which="dit", steps=8)
+    off = unconditional(**count)
+    for steer in (
+        lambda m: pag.apply(m, 0.5, "single.1", ALWAYS),
+        lambda m: seg.apply(m, 0.5, 100.0, "single.1", ALWAYS),
+        lambda m: slg.apply(m, 0.5, "single.1", ALWAYS),
+    ):
+        assert unconditional(steer, **count) < off - 2.0
+
+
+def test_autoguidance_draws_closer_to_the_truth():
+    """Away from the sibling of step 560, without CFG."""
+    weak = load_model("unet-weak")[0]
+    guided = measure(lambda m: autoguidance.apply(m, weak, 1.0, ALWAYS), cfg=1.0, **FEW)
+    assert guided["PSNR"] > figures("CFG", 1.0)["PSNR"] + 0.2
+
+
+def test_a_negative_takes_away_what_it_names():
+    """Half of the portraits wear glasses where the prompt says nothing of them."""
+    named = lambda m: negative.apply(m, text("glasses"), 2.0, ALWAYS)  # noqa: E731
+    options = dict(prompts=16, seeds=1, cfg=3.0)
+    assert without("glasses", named, **options) < without("glasses", **options) - 0.2
 
 
 def test_cfgpp_beats_cfg_at_the_papers_pair():
@@ -82,4 +110,5 @@ def test_everything_together_still_draws_what_is_asked():
         return METHODS["PAG"](METHODS["APG"](model))
 
     assert measure(together, cfg=5.0, **FEW)["hits"] > 0.85
-    assert torch.isfinite(torch.tensor(list(measure(together, cfg=5.0, prompts=2, seeds=1, steps=2).values()))).all()
+    few = measure(together, cfg=5.0, prompts=2, seeds=1, steps=2)
+    assert all(torch.as_tensor(figure).isfinite().all() for figure in few.values())
