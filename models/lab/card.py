@@ -12,7 +12,7 @@ def last_rows(path):
 
 def card(scores, log, **fixed):
     """The model card in Markdown; `fixed` says how it was measured."""
-    mean = {which: sum(scores[which].values()) / len(FACTORS) for which in ("unet", "unet-weak", "dit")}
+    mean = {which: sum(scores[which].values()) / len(FACTORS) for which in ("unet", "unet-weak", "dit", "dit-weak")}
 
     def shares(which, name):
         return " / ".join(f"{share:.2f}" for share in scores[which][name])
@@ -21,7 +21,7 @@ def card(scores, log, **fixed):
     rows = "\n".join(
         f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {seen['renders']['accuracy'][name]:.3f} "
         f"| {seen['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
-        f"| {scores['unet-weak'][name]:.3f} | {scores['dit'][name]:.3f} "
+        f"| {scores['unet-weak'][name]:.3f} | {scores['dit'][name]:.3f} | {scores['dit-weak'][name]:.3f} "
         f"| {shares('leak', name)} | {shares('dit-leak', name)} | {shares('dit-heeds', name)} |"
         for name, values in FACTORS.items()
     )
@@ -60,6 +60,7 @@ DiT:
 | unet.safetensors | UNetModel, 64 channels, 16x16 and 8x8, attention everywhere, eps-prediction | MODEL |
 | unet_weak.safetensors | the same network early in its training | MODEL |
 | dit.safetensors | Flux, 192 wide, 3 double and 5 single blocks, 64 image and 48 text tokens, rectified flow | MODEL |
+| dit_weak.safetensors | the same network, trained for minutes | MODEL |
 | reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
 
 ## Recipe
@@ -88,14 +89,16 @@ and decoding included.
 
 Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose factor the reader finds in the sample
 ({steps} steps of euler; UNet normal, CFG {cfg}; DiT {flow[scheduler]}, CFG {flow[cfg]}). Mean {mean[unet]:.3f}; the
-weaker sibling {mean[unet-weak]:.3f} (one noise); the DiT {mean[dit]:.3f}.
+weaker sibling {mean[unet-weak]:.3f} (one noise); the DiT {mean[dit]:.3f}, its weaker sibling {mean[dit-weak]:.3f}
+(one noise).
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
 that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
 of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the
 pooled vector's factor when the context is that of the empty prompt.
+Renders, through VAE: accuracy of the reader.
 
-| factor | chance | reader: renders | through VAE | UNet hits | weaker | DiT hits | UNet leak | DiT leak | DiT heeds |
-|---|---|---|---|---|---|---|---|---|---|
+| factor | chance | renders | through VAE | UNet hits | weaker | DiT hits | weaker | UNet leak | DiT leak | DiT heeds |
+|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {auc[renders]} on renders,

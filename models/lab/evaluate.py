@@ -179,6 +179,7 @@ MEASURES = {
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
     "dit": _dit,
+    "dit-weak": lambda out: prompt_hits(load_reader(), load_model("dit-weak"), PROMPTS, 1, **FLOW)[0],
     "leak": lambda out: leak(load_reader(), load_model("unet")),
     "dit-leak": lambda out: leak(load_reader(), load_model("dit"), **FLOW),
     "dit-heeds": lambda out: heeds(load_reader(), load_model("dit"), **FLOW),

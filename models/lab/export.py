@@ -24,9 +24,9 @@ def unet(work, out, which, checkpoint):
     save_file(_half(weights), out / MODELS[which], metadata={"latents": json.dumps(latents.moments(work))})
 
 
-def dit(work, out):
-    weights = common.restore(work / "dit.ckpt")["average"]
-    save_file(_half(weights), out / MODELS["dit"], metadata={"latents": json.dumps(latents.moments(work))})
+def dit(work, out, which):
+    weights = common.restore(work / f"{which}.ckpt")["average"]
+    save_file(_half(weights), out / MODELS[which], metadata={"latents": json.dumps(latents.moments(work))})
 
 
 def text(work, out, checkpoint):
@@ -49,7 +49,8 @@ def run(work, out, weak):
     vae(work, out)
     unet(work, out, "unet", "unet.ckpt")
     unet(work, out, "unet-weak", weak)
-    dit(work, out)
+    dit(work, out, "dit")
+    dit(work, out, "dit-weak")
     text(work, out, "unet.ckpt")
     reader(work, out)
     size = sum(p.stat().st_size for p in out.glob("*.safetensors")) / 2**20

@@ -21,7 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = {"unet": "unet.safetensors", "unet-weak": "unet_weak.safetensors", "dit": "dit.safetensors"}
+MODELS = {
+    "unet": "unet.safetensors",
+    "unet-weak": "unet_weak.safetensors",
+    "dit": "dit.safetensors",
+    "dit-weak": "dit_weak.safetensors",
+}
 LATENT_STD = 0.4  # at std 1 the starting noise would still show the layout: Stable Diffusion's schedule ends at SNR > 0
 FLOW_STD = 1.0  # of the DiT's latents: rectified flow starts at pure noise
 TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
@@ -135,7 +140,7 @@ def load_unet(which="unet", disable_dynamic=False):
     supported = LabConfig.supported_inference_dtypes
     count = sum(w.numel() for w in weights.values())
     dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
-    build = dit_model if which == "dit" else unet_model
+    build = dit_model if which.startswith("dit") else unet_model
     model = build(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
     kind = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:
@@ -153,7 +158,7 @@ def load_clip(which="unet", **options):
     For the DiT a prompt is cut into pieces of TOKENS instead of 77; the encoder is causal, so the numbers are the same.
     """
     weights, position = load_file(WEIGHTS / "text.safetensors"), "text_model.embeddings.position_embedding.weight"
-    if which == "dit":
+    if which.startswith("dit"):
         weights[position] = weights[position][:TOKENS]
     length = len(weights[position])
     options |= dict(

@@ -18,9 +18,10 @@ class LabModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=["unet", "unet-weak", "dit"],
+                    options=["unet", "unet-weak", "dit", "dit-weak"],
                     tooltip="unet: the trained UNet. unet-weak: the same network early in its training, for methods "
-                    "that guide with a weaker sibling. dit: a small Flux, for methods on transformers and flows.",
+                    "that guide with a weaker sibling. dit: a small Flux, for methods on transformers and flows. "
+                    "dit-weak: the same, little trained.",
                 ),
             ],
             outputs=[

@@ -10,7 +10,7 @@ from comfy_extras.nodes_cfg import CFGZeroStar
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from steer.models.lab import evaluate
-from steer.models.lab.load import TOKENS, dit_model, load_clip, load_model
+from steer.models.lab.load import TOKENS, dit_model, load_clip, load_model, load_unet
 from steer.models.lab.portrait import FACTORS
 from steer.models.lab.reader import load_reader
 
@@ -49,6 +49,18 @@ def test_prompts_are_obeyed(models, reader):
     rates, _ = evaluate.prompt_hits(reader, models, 24, 1, first=100, **evaluate.FLOW)
     assert sum(rates.values()) / len(FACTORS) >= 0.96
     assert min(rates.values()) >= 0.85
+
+
+def test_the_weaker_sibling_is_weaker_and_guidance_helps_it(models, reader):
+    prompts = [evaluate.caption(p) for p in evaluate.data.held_out(16, 6000)[0]]
+    weak = (load_unet("dit-weak"), *models[1:])
+
+    def fit(which, cfg):
+        made = sample(which, prompts, 1, steps=20, cfg=cfg)
+        return sum(float(reader.score(made[i : i + 1], text)) for i, text in enumerate(prompts)) / len(prompts)
+
+    plain, guided, strong = fit(weak, 1.0), fit(weak, 4.0), fit(models, 1.0)
+    assert plain + 0.1 < guided < strong - 0.5
 
 
 def test_too_much_guidance_in_few_steps_harms(models, reader):
