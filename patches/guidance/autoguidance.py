@@ -102,7 +102,9 @@ def own_network(weak):
         config = weak.model.model_config  # answers to every name and cannot be copied
         network = copy.deepcopy(weak.model, {id(config): config})
         fresh = ModelPatcher(network, weak.load_device, weak.offload_device)
-    return weak.clone(model_override=fresh.get_clone_model_override())
+    own = weak.clone(model_override=fresh.get_clone_model_override())
+    own.parent = None  # whom the host would unload in its place; that one has the other network
+    return own
 
 
 def apply(model, weak, s, schedule):

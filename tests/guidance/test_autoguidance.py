@@ -153,7 +153,7 @@ def test_image_to_image_and_inpainting(model, weak):
 def test_both_are_loaded_by_the_host(model, weak):
     mm.unload_all_models()
     toy.sample(steered(model, weak), steps=1)
-    loaded = [m.model.model for m in mm.current_loaded_models]
+    loaded = [m.model.model for m in mm.current_loaded_models if m.model is not None]
     assert model.model in loaded and weak.model in loaded
 
 
