@@ -1,6 +1,6 @@
 """What guidance does to the pictures of the lab's trained models.
 
-    python tests/bench/lab_guidance.py [--prompts 32] [--seeds 4]
+    python tests/bench/lab_guidance.py [--prompts 32] [--seeds 4] [--steps 20]
 
 Prompts name every factor of held-out portraits, so the truth can be drawn. Per setting, over prompts and seeds:
     rows        rows of the network per step: 2 is plain CFG
@@ -26,7 +26,6 @@ import host  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_guidance.md")
 PICTURE = host.ROOT / "nodes" / "help" / "guidance.jpg"
-STEPS = 20
 
 
 @cache
@@ -52,6 +51,11 @@ def truth(prompts):
     return portraits, [caption(p) for p in portraits], drawn
 
 
+def sampled(which):
+    """How a lab model is sampled, unless said otherwise."""
+    return {"steps": 20, **({"scheduler": "simple"} if which == "dit" else {})}
+
+
 def saturation(x):
     """Mean HSV saturation per picture."""
     high, low = x.amax(1), x.amin(1)
@@ -71,7 +75,7 @@ def measure(steer=lambda model: model, prompts=32, seeds=4, which="unet", **samp
 
     (model, clip, vae), reader = lab(which)
     portraits, captions, drawn = truth(prompts)
-    sampling = {"steps": STEPS, **({"scheduler": "simple"} if which == "dit" else {}), **sampling}
+    sampling = {**sampled(which), **sampling}
     with toy.count_forwards(model) as count:
         made = [sample((steer(model), clip, vae), captions, seed, **sampling).clamp(0, 1) for seed in range(seeds)]
     x, drawn = torch.cat(made), drawn.repeat(seeds, 1, 1, 1)
@@ -119,7 +123,7 @@ def unconditional(steer=lambda model: model, count=96, which="unet", **sampling)
     from steer.models.lab.evaluate import sample
 
     (model, clip, vae), _ = lab(which)
-    sampling = {"steps": STEPS, **({"scheduler": "simple"} if which == "dit" else {}), **sampling}
+    sampling = {**sampled(which), **sampling}
     made = [sample((steer(model), clip, vae), [""] * 24, i, cfg=1.0, **sampling) for i in range(count // 24)]
     return frechet(features(torch.cat(made).clamp(0, 1)), real())
 
@@ -132,7 +136,7 @@ def without(word, steer=lambda model: model, prompts=32, seeds=4, **sampling):
     texts = ["a comic portrait", "a flat portrait of a happy person"] * (prompts // 2)
     seen = []
     for seed in range(seeds):
-        x = sample((steer(model), clip, vae), texts, seed, steps=STEPS, **sampling).clamp(0, 1)
+        x = sample((steer(model), clip, vae), texts, seed, **sampling).clamp(0, 1)
         seen += [word in {value for value, _ in read.values()} for read in reader.read(x)]
     return sum(seen) / len(seen)
 
@@ -165,6 +169,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     host.enter()
     host.load_pack()
@@ -173,15 +178,15 @@ def main():
     lines = [
         "# What guidance does on the lab",
         "",
-        f"Made by `python tests/bench/lab_guidance.py`: {args.prompts} prompts, {args.seeds} seeds, {STEPS} steps of "
-        "euler; what the columns mean is said at its top. The lab proves the implementation, not the looks on other "
-        "models. Differences of 0.005 in hits, 0.1 dB and 0.002 in saturation and contrast are noise.",
+        f"Made by `python tests/bench/lab_guidance.py --prompts {args.prompts} --seeds {args.seeds} --steps {args.steps}`"
+        ", with euler; what the columns mean is said at its top. The lab proves the implementation, not the looks on "
+        "other models.",
     ]
     for title, columns, settings in TABLES:
         shown = []
         lines += ["", f"## {title}", "", f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for name, run in settings():
-            figures = run(args.prompts, args.seeds)
+            figures = run(prompts=args.prompts, seeds=args.seeds, steps=args.steps)
             lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3f}' for column in columns)} |")
             print(lines[-1], flush=True)
             shown.append((name, figures))

@@ -32,13 +32,13 @@ def plain(model):
 
 
 def pictures(name, steer=plain, **sampling):
-    return name, lambda prompts, seeds: measure(steer, prompts, seeds, **sampling)
+    return name, lambda **size: measure(steer, **size, **sampling)
 
 
 def high_cfg():
     for cfg in (1.0, 2.0, 4.0, 8.0, 12.0):
         yield pictures(f"CFG {cfg:g}", cfg=cfg)
-    for cfg in (8.0, 12.0):
+    for cfg in (12.0,):
         for name, steer in {
             "APG": lambda m: apg.apply(m, 0.0, 0.75, -0.5, ALWAYS),
             "TCFG": lambda m: tcfg.apply(m, 1.0, ALWAYS),
@@ -59,7 +59,7 @@ def spared():
         name = f"CFG 5 from {low:.0%} to {high:.0%}, 1 elsewhere"
         window = Schedule(low, high)
         yield pictures(name, lambda m, w=window: guidanceschedule.apply(m, 1.0, 5.0, "custom", w), cfg=5.0)
-    for threshold in (0.99, 0.995, 0.998):
+    for threshold in (0.98, 0.991, 0.998):
         name = f"CFG 5, Adaptive Guidance {threshold:g}"
         yield pictures(name, lambda m, t=threshold: adaptiveguidance.apply(m, t, ALWAYS), cfg=5.0)
 
@@ -77,15 +77,17 @@ def weak():
         "SAG 0.5": lambda m: sag.apply(m, 0.5, 2.0, ALWAYS),
     }.items():
 
-        def run(prompts, seeds, steer=steer):
-            return {**measure(steer, prompts, seeds, cfg=1.0), "FD": unconditional(steer, 24 * seeds)}
+        def run(prompts, seeds, steps, steer=steer):
+            figures = measure(steer, prompts, seeds, steps=steps, cfg=1.0)
+            return {**figures, "FD": unconditional(steer, 96, steps=steps)}
 
         yield name, run
 
 
 def dit():
     yield pictures("CFG 1", which="dit", cfg=1.0)
-    for cfg in (4.0, 8.0):
+    yield pictures("CFG 4", which="dit", cfg=4.0)
+    for cfg in (12.0,):
         for name, steer in {
             "": plain,
             ", CFG-Zero* zero_init 0.04": lambda m: cfgzerostar.apply(m, 0.04, ALWAYS),
@@ -111,16 +113,16 @@ def dit_unconditional():
         "SLG 0.25": lambda m: slg.apply(m, 0.25, "single.1", ALWAYS),
         "SLG 0.5": lambda m: slg.apply(m, 0.5, "single.1", ALWAYS),
     }.items():
-        yield name, lambda prompts, seeds, s=steer: {"FD": unconditional(s, 48 * seeds, "dit", steps=8)}
+        yield name, lambda s=steer, **size: {"FD": unconditional(s, 192, "dit", steps=8)}
 
 
 def negatives():
     for word, words in (("glasses", "glasses"), ("crown", "a crown")):
         for scale in (0.0, 1.0, 2.0, 4.0):
 
-            def run(prompts, seeds, word=word, words=words, scale=scale):
+            def run(word=word, words=words, scale=scale, **size):
                 steer = lambda m: negative.apply(m, text(words), scale, ALWAYS)  # noqa: E731
-                return {"shown": without(word, steer if scale else plain, prompts, seeds, cfg=3.0)}
+                return {"shown": without(word, steer, **size, cfg=3.0)}
 
             yield f'negative "{words}", scale {scale:g}', run
 
