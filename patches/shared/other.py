@@ -13,6 +13,7 @@ class Model:
     def __init__(self, patcher, run):
         self.patcher, self.run = patcher, run
         self.shared = patcher.model is run.model.model
+        self.start = self.positive = self.conds = self.options = None
 
     def begin(self, noise, latent_image, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **shapes):
         """Before the host loads models; the arguments are the guider's `outer_sample`'s."""
@@ -22,7 +23,6 @@ class Model:
 
         self.start = noise, latent_image, denoise_mask, seed, shapes
         self.positive = [cond.copy() for cond in self.run.guider.conds["positive"]]
-        self.conds = None
         self.options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         self.options["transformer_options"]["sample_sigmas"] = self.run.sigmas
         # hooks of the conditioning (a LoRA for one prompt) change weights: on a shared network they are the main's
@@ -59,9 +59,10 @@ class Model:
         """After the run, on success, error and interrupt."""
         import comfy.samplers
 
+        if self.options is None:  # it never began
+            return
         self.patcher.cleanup()
-        if self.options is not None:
-            comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
-            if not self.shared:
-                self.patcher.restore_hook_patches()
-        self.start = self.conds = self.positive = self.options = None
+        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+        if not self.shared:
+            self.patcher.restore_hook_patches()
+        self.start = self.positive = self.conds = self.options = None

@@ -1,6 +1,7 @@
 import comfy.hooks
 import comfy.latent_formats
 import comfy.model_management as mm
+import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
@@ -169,6 +170,18 @@ def test_an_error_in_mid_run_lets_go_of_both(model, weak):
         toy.sample(ours, callback=stop)
     assert weak.model.current_patcher is None and model.model.current_patcher is None
     assert torch.equal(toy.sample(ours), expected)
+
+
+def test_an_error_before_the_run_is_the_one_that_is_seen(model):
+    def fail(patcher):
+        raise RuntimeError("not ready")
+
+    first, second = toy.model(seed=5), toy.model(seed=6)
+    for patcher in (first, second):
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, fail)
+    with pytest.raises(RuntimeError, match="not ready"):
+        toy.sample(steered(steered(model, first), second))
+    assert toy.sample(model).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -0.5])
