@@ -178,7 +178,7 @@ def main():
     lines = [
         "# What guidance does on the lab",
         "",
-        f"Made by `python tests/bench/lab_guidance.py --prompts {args.prompts} --seeds {args.seeds} --steps {args.steps}`"
+        f"Made by `lab_guidance.py --prompts {args.prompts} --seeds {args.seeds} --steps {args.steps}`"
         ", with euler; what the columns mean is said at its top. The lab proves the implementation, not the looks on "
         "other models.",
     ]
