@@ -22,7 +22,7 @@ class SelfAttentionGuidance(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How hard to push. Higher gives more detail and contrast; far above 1 turns noisy. 0 is off.",
+                    tooltip="How hard to push. Higher gives more detail and contrast; far above 1 is noisy. 0 is off.",
                 ),
                 io.Float.Input(
                     "blur_sigma",

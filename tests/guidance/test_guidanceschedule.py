@@ -40,7 +40,7 @@ def noise_to_signal(kind, sigma):
 
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
 def test_limited_interval_is_the_papers_on_every_kind_of_model(kind):
-    """w where 0.28 < noise / signal <= 5.42 and 1 elsewhere; raw sigmas of SDXL would never leave the interval on flow."""
+    """w where 0.28 < noise / signal <= 5.42 and 1 elsewhere; sigmas of SDXL would never leave it on flow."""
     model = toy.model(kind=kind)
 
     def w_of(sigma):

@@ -24,8 +24,8 @@ def near(a, b, share=1e-5):
 def call(h=6, w=5, text=0, sigma_dims=8):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, text + h * w, sigma_dims, generator=g) for _ in "qkv")
-    kind = "joint" if text else "self"
-    return AttnCall(q, k, v, 2, Layer("middle", 0), kind, text=(0, text), image=(text, None), shape=(2, 4, 2 * h, 2 * w))
+    kind, shape = "joint" if text else "self", (2, 4, 2 * h, 2 * w)
+    return AttnCall(q, k, v, 2, Layer("middle", 0), kind, text=(0, text), image=(text, None), shape=shape)
 
 
 @pytest.mark.parametrize("n, sigma", [(8, 0.7), (5, 2.0), (9, 30.0), (1, 3.0), (2, 1.0)])

@@ -132,7 +132,7 @@ def test_only_the_rows_that_are_in_one_call_share(model, monkeypatch):
     assert near(toy.sample(steered), joined)
 
 
-# --- as cheap as can be -----------------------------------------------------------------------------------------------
+# --- as cheap as can be ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -157,7 +157,7 @@ def test_the_log_counts_what_was_run(model, caplog):
     assert abs(share - true) < 0.05
 
 
-# --- beside other nodes -----------------------------------------------------------------------------------------------
+# --- beside other nodes ---------------------------------------------------------------------------------------------
 
 
 def test_patches_of_others_see_one_number_of_rows(model):
@@ -227,7 +227,7 @@ def test_a_compiled_model_does_not_share(model):
         toy.sample(compiled(slg.apply(model, 3.0, "middle", ALWAYS)), steps=1)
 
 
-# --- what it leaves -----------------------------------------------------------------------------------------------------
+# --- what it leaves -------------------------------------------------------------------------------------------------
 
 
 def test_no_hook_outlives_the_forward(model):
