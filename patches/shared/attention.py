@@ -39,7 +39,7 @@ class AttnCall:
             h, w = height, width
             while h * w * t > tokens and (h > 1 or w > 1):
                 h, w = (h + 1) // 2, (w + 1) // 2  # as strided convolutions and patches leave them
-            if h * w * t == tokens:
+            if h * w * t == tokens and self.q.shape[0] <= self.shape[0]:  # more rows than the latent has are tiles
                 return t, h, w
         raise ValueError(
             f"{tokens} image tokens in layer {self.layer} do not cover the latent {tuple(self.shape)} as a grid; "
