@@ -1,13 +1,16 @@
 """The extra branches in the host's own batch: how they get in, and what happens to their rows in the network."""
 
+import logging
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from .architectures import adapter_of, hold, needs_hooks
 from .combine import with_roles
-from .control import Shared, residuals
+from .control import Shared, residuals, whole
 from .rows import Rows, Unit
 from .run import weak_uuid
 from .steering import CALL, ROLES, RUN, Other, Text, Weak
@@ -66,7 +69,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     call, size = options.get(CALL), x.shape[0]
     units = _units(run, call, options, size)
     edits, skips = _edits(run, call, units)
-    rows, held = None, nullcontext()
+    rows, held, added = None, nullcontext(), control
     if edits or skips or any(unit.joins for unit in units):
         options = dict(options)
         rows = Rows(options, units, x.shape, edits, skips)
@@ -74,10 +77,19 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
         if rows.shares:
-            control = residuals(control, rows)
+            added = residuals(control, rows)
         held = hold(adapter, executor.class_obj.diffusion_model, options, rows)
-    with held:
-        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    try:
+        with held:
+            out = executor(x, t, c_concat, c_crossattn, added, options, **kwargs)
+    except RuntimeError as error:
+        if rows is None or not rows.shares or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # a patch that brings tensors for the whole batch meets fewer rows: once more without sharing, and from now on
+        logging.warning(f"Steer: another node cannot follow shared rows, so every row is computed in full ({error}).")
+        run.blocks, call.shares = (), False
+        control = whole(control, rows)
+        return apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     run.stats.count(units, x, rows)
     return out
 

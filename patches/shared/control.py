@@ -48,6 +48,17 @@ class Residuals(list):
         return self._rows.conform(value) if isinstance(at, int) else value
 
 
+def whole(control, rows):
+    """`control` with all rows of the batch."""
+    if control is None:
+        return None
+    everyone = tuple(range(len(rows.units)))
+    return {
+        name: [rows.conform(v, everyone) for v in values] if isinstance(values, list) else values
+        for name, values in control.items()
+    }
+
+
 def residuals(control, rows):
     """`control` (name -> list of tensors or None), following `rows`."""
     if control is None:

@@ -210,6 +210,27 @@ def test_token_merging_beside_skipped_layers(model):
     assert toy.sample(slg.apply(merged, 3.0, "middle", ALWAYS), start=toy.noise(height=32, width=32)).isfinite().all()
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_a_patch_that_brings_rows_for_the_whole_batch_switches_it_off(model, caplog, both):
+    control = toy.controlnet(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
+    controlled = lambda cond: [[c, {**o, "control": control}] for c, o in cond] if both else cond  # noqa: E731
+    bias = torch.randn(3, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    other = model.clone()
+    other.set_model_input_block_patch(lambda h, options: h + bias if options["block"] == ("input", 0) else h)
+    steered = pag.apply(other, 3.0, "output.1", ALWAYS)
+    conds = dict(positive=controlled(toy.POSITIVE), negative=controlled(toy.NEGATIVE))
+    assert near(toy.sample(steered, **conds), toy.sample(apart(steered), **conds))
+    assert caplog.text.count("Steer: another node cannot follow shared rows, so every row is computed in full") == 1
+
+
+def test_an_error_of_its_own_is_raised(model):
+    """It fails without sharing too."""
+    broken = model.clone()
+    broken.set_model_input_block_patch(lambda h, options: h + torch.randn(7, 64, 1, 1))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        toy.sample(pag.apply(broken, 3.0, "output.1", ALWAYS))
+
+
 def compiled(model):
     """A model that carries the mark of the host's TorchCompileModel, with a compiler that does nothing."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
