@@ -10,8 +10,7 @@ import torch
 import toy
 from bench.lab_guidance import lab, measure, text, unconditional, without
 from steer.models.lab.evaluate import sample
-from steer.models.lab.load import load_model
-from steer.patches.guidance import apg, autoguidance, cfgpp, negative, pag, seg, slg
+from steer.patches.guidance import apg, cfgpp, negative, pag, seg, slg
 from steer.patches.shared.architectures import adapter_of
 from steer.patches.shared.schedule import Schedule
 
@@ -50,13 +49,6 @@ def test_weak_branches_make_unguided_samples_more_real():
         lambda m: slg.apply(m, 0.5, "single.1", ALWAYS),
     ):
         assert unconditional(steer, **count) < off - 2.0
-
-
-def test_autoguidance_draws_closer_to_the_truth():
-    """Away from the sibling of step 560, without CFG."""
-    weak = load_model("unet-weak")[0]
-    guided = measure(lambda m: autoguidance.apply(m, weak, 1.0, ALWAYS), cfg=1.0, **FEW)
-    assert guided["PSNR"] > figures("CFG", 1.0)["PSNR"] + 0.2
 
 
 def test_a_negative_takes_away_what_it_names():

@@ -36,7 +36,9 @@ def test_runs(path):
     pictures = decoded(prompt, result)
     assert pictures and all(p.isfinite().all() and p.std() > 0.05 for p in pictures.values())
     if "Decode off" in pictures:
-        assert (pictures["Decode on"] - pictures["Decode off"]).abs().mean() > 0.01
+        # Adaptive Guidance is for the same picture with fewer rows
+        least = 0.001 if path.stem == "guidance-adaptiveguidance" else 0.01
+        assert (pictures["Decode on"] - pictures["Decode off"]).abs().mean() > least
 
 
 def test_turned_off_in_the_workflow_is_off():
