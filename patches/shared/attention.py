@@ -34,13 +34,11 @@ class AttnCall:
     def grid(self):
         """(T, H, W) of the image tokens; ValueError where they do not lie on a grid."""
         tokens = len(range(self.q.shape[1])[slice(*self.image)])
-        *frames, height, width = self.shape[2:] if len(self.shape) > 3 else (0, 0)
-        for t in {frames[0], 1 + (frames[0] - 1) // 2, 1} if frames else (1,):
-            h, w = height, width
-            while h * w * t > tokens and (h > 1 or w > 1):
-                h, w = (h + 1) // 2, (w + 1) // 2  # as strided convolutions and patches leave them
-            if h * w * t == tokens and self.q.shape[0] <= self.shape[0]:  # more rows than the latent has are tiles
-                return t, h, w
+        t, h, w = (1, 1, *self.shape[2:])[-3:] if len(self.shape) > 3 else (0, 0, 0)
+        while h * w * t > tokens and (h > 1 or w > 1):
+            h, w = (h + 1) // 2, (w + 1) // 2  # as strided convolutions and patches leave them
+        if h * w * t == tokens and self.q.shape[0] <= self.shape[0]:  # more rows than the latent has are tiles
+            return t, h, w
         raise ValueError(
             f"{tokens} image tokens in layer {self.layer} do not cover the latent {tuple(self.shape)} as a grid; "
             "another node (tiling, token merging, reference images) has changed them."

@@ -1,3 +1,6 @@
+import math
+
+import pytest
 import torch
 from steer.patches.shared.attention import AttnCall, attend
 from steer.patches.shared.layers import Layer
@@ -40,3 +43,11 @@ def test_mask_is_cut_with_the_rows():
     assert masked.rows(2, 4).mask.flatten().tolist() == [2.0, 3.0]
     shared = AttnCall(c.q, c.k, c.v, 2, c.layer, mask=torch.zeros(1, 1, 5, 5))
     assert shared.rows(2, 4).mask.shape[0] == 1
+
+
+@pytest.mark.parametrize("latent, grid", [((16, 16), (1, 8, 8)), ((13, 19), (1, 7, 10)), ((4, 8, 12), (4, 4, 6))])
+def test_grid_of_the_tokens(latent, grid):
+    """Four frames of a quarter of the tokens are as many as one frame of all: it is the frames that are there."""
+    q = torch.zeros(2, 5 + math.prod(grid), 8)
+    call = AttnCall(q, q, q, 1, Layer("double", 0), "joint", text=(0, 5), image=(5, None), shape=(2, 4, *latent))
+    assert call.grid() == grid
