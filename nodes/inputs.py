@@ -62,3 +62,26 @@ def schedule(start_percent, end_percent, curve=None):
         if all(y == 1.0 for y in points):
             points = None
     return Schedule(start_percent, end_percent, points)
+
+
+def steps(tooltip, default=30):
+    return io.Int.Input("steps", default=default, min=1, max=10000, tooltip=tooltip)
+
+
+def scheduler():
+    import comfy.samplers
+
+    return io.Combo.Input(
+        "scheduler",
+        options=comfy.samplers.SCHEDULER_NAMES,
+        default="normal",
+        tooltip="How the noise levels are spread over the steps. Ignored when sigmas are wired.",
+    )
+
+
+def sigmas_of(model, scheduler, steps, denoise=1.0):
+    """The host's sigmas for a ModelPatcher: the last `steps` of enough steps for the whole range."""
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, max(int(steps / denoise), steps))[-(steps + 1) :].cpu()

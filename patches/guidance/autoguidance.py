@@ -6,23 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.run import KEY
-from ..shared.steering import STACK, Other, Term, blame, number, steer
+from ..shared.steering import STACK, Away, Other, blame, steer
 
 
 @dataclass(frozen=True)
-class AutoGuidance(Term):
+class AutoGuidance(Away):
     """D + s (D - D_weak), both of the positive conditioning; the paper's D_weak + w (D - D_weak) with w = 1 + s."""
 
     weak: Other = None
-    s: float = 1.1
     node = "SteerAutoGuidance"
-
-    @property
-    def off(self):
-        return super().off or self.s == 0.0
-
-    def check(self):
-        number("scale", self.s)
 
     def prepare(self, run):
         weak = self.weak.model
@@ -34,9 +26,6 @@ class AutoGuidance(Term):
 
     def branches(self, model):
         return (self.weak,)
-
-    def add(self, call, predictions, weight):
-        return (call.predictions["positive"] - predictions[0]) * (self.s * weight)
 
 
 def refuse(model, weak):
@@ -111,13 +100,13 @@ def apply(model, weak, s, schedule):
     with blame(AutoGuidance):
         refuse(model, weak)
     branch = Other("weak", f"{id(weak):x}", weak)
-    term = AutoGuidance(schedule, branch, s)
+    term = AutoGuidance(schedule, s, branch)
     with blame(term):
         term.check()
     if term.off:
         return steer(model, term)
     if weak.model is model.model and not same_weights(model, weak):
-        term = AutoGuidance(schedule, Other("weak", branch.digest, own_network(weak)), s)
+        term = AutoGuidance(schedule, s, Other("weak", branch.digest, own_network(weak)))
     model = model.clone()
     if term.weak.model.model is not model.model:
         model.set_additional_models(f"{KEY}.{branch}-{branch.digest}", [term.weak.model])

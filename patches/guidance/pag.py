@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..shared.architectures import flux, hunyuan, lumina, qwen, sd3, self_attention_layers, unet, wan
-from ..shared.steering import Term, Weak, number, steer
+from ..shared.steering import Away, Weak, steer
 
 AUTO = {
     unet.name: "middle",  # the paper's choice for Stable Diffusion
@@ -67,25 +67,14 @@ def additive(call, dtype):
 
 
 @dataclass(frozen=True)
-class PAG(Term):
+class PAG(Away):
     """D + s (D_c - D_c^), where D_c^ has identity self-attention in `layers`; the paper's guidance, in D."""
 
-    s: float = 3.0
     layers: str = "auto"
     node = "SteerPAG"
 
-    def check(self):
-        number("scale", self.s)
-
-    @property
-    def off(self):
-        return super().off or self.s == 0.0
-
     def branches(self, model):
         return (Weak("PAG", identity_attention, self_attention_layers(model, self.layers, AUTO)),)
-
-    def add(self, call, weak, weight):
-        return (call.predictions["positive"] - weak[0]) * (self.s * weight)
 
 
 def apply(model, s, layers, schedule):

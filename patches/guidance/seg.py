@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..shared.architectures import self_attention_layers
-from ..shared.steering import Term, Weak, number, steer
+from ..shared.steering import Away, Weak, number, steer
 from .pag import AUTO
 
 MEAN = 1000.0  # from this blur on, in tokens, queries are their mean: no picture is so large that it matters
@@ -52,29 +52,25 @@ def gaussian(n, sigma, like):
 
 
 @dataclass(frozen=True)
-class SEG(Term):
+class SEG(Away):
     """D + s (D_c - D_c~), where D_c~ attends with blurred queries in `layers`; the paper's guidance, in D."""
 
-    s: float = 3.0
     sigma: float = 100.0
     layers: str = "auto"
     node = "SteerSEG"
 
     def check(self):
-        number("scale", self.s)
+        super().check()
         number("blur_sigma", self.sigma)
 
     @property
     def off(self):
-        return super().off or self.s == 0.0 or self.sigma == 0.0
+        return super().off or self.sigma == 0.0
 
     def branches(self, model):
         blur = BlurredQueries(min(self.sigma, MEAN))
         name = f"SEG {self.sigma:g}" if self.sigma < MEAN else "SEG mean"
         return (Weak(name, blur, self_attention_layers(model, self.layers, AUTO)),)
-
-    def add(self, call, weak, weight):
-        return (call.predictions["positive"] - weak[0]) * (self.s * weight)
 
 
 def apply(model, s, sigma, layers, schedule):

@@ -6,14 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from .architectures import adapter_of, hold, needs_hooks
-from .combine import with_roles
+from .beside import BESIDE, edit_features, run_beside
 from .control import Shared, residuals, whole
 from .rows import Rows, Unit
 from .run import weak_uuid
-from .steering import CALL, ROLES, RUN, Other, Text, Weak
+from .steering import CALL, IDLE, ROLES, RUN, Other, Source, Text, Weak, with_roles
 
 COUPLING = "nag"  # in the name of a patch that lets rows of one batch act on each other
 
@@ -32,7 +30,9 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     call.joined = True
     call.index = index = roles.index("positive")
     # texts first: the later in the list, the earlier in the batch, where other packs find "the" negative
-    branches = sorted((b for b in call.branches if not isinstance(b, Other)), key=lambda b: not isinstance(b, Text))
+    own = (b for b in call.branches if not isinstance(b, (Other, Source)))
+    branches = sorted(own, key=lambda b: not isinstance(b, Text))
+    source = next((b for b in call.branches if isinstance(b, Source)), None)
     conds, roles, count = list(conds), list(roles), len(conds)
     if branches:
         # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so
@@ -49,7 +49,10 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     options = with_roles(model_options, roles)
     if "model_function_wrapper" in options:
         options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
-    out = executor(model, conds, x, timestep, options)
+    if source is None:
+        out = executor(model, conds, x, timestep, options)
+    else:
+        out = run_beside(executor, source, call, model, conds, roles, x, timestep, options)
     call.predictions.update(zip(roles, out, strict=True))
     if branches:
         out[index] = out[-1]
@@ -69,10 +72,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     call, size = options.get(CALL), x.shape[0]
     units = _units(run, call, options, size)
     edits, skips = _edits(run, call, units)
+    features = _features(run, call)
     rows, held, added = None, nullcontext(), control
-    if edits or skips or any(unit.joins for unit in units):
+    if edits or skips or features or any(unit.joins for unit in units):
         options = dict(options)
-        rows = Rows(options, units, x.shape, edits, skips)
+        rows = Rows(options, units, x.shape, edits, skips, features)
         adapter = adapter_of(run.model.model)
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
@@ -83,7 +87,9 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         with held:
             out = executor(x, t, c_concat, c_crossattn, added, options, **kwargs)
     except RuntimeError as error:
-        if rows is None or not rows.shares or isinstance(error, torch.OutOfMemoryError):
+        from comfy.model_management import is_oom
+
+        if rows is None or not rows.shares or is_oom(error):
             raise
         # a patch that brings tensors for the whole batch meets fewer rows: once more without sharing, and from now on
         logging.warning(f"Steer: another node cannot follow shared rows, so every row is computed in full ({error}).")
@@ -102,17 +108,34 @@ def _units(run, call, options, size):
         Unit(role, _true_index(call, role, i), uuid, n)
         for n, (role, i, uuid) in enumerate(zip(chunks, indices, options["uuids"], strict=True))
     ]
+    beside = options.get(BESIDE)
     if call is None or not call.shares:
-        return units
+        return units if beside is None else _halves(run, units, beside)
     positives = {unit.uuid: n for n, unit in enumerate(units) if unit.role == "positive"}
     for n, unit in enumerate(units):
         if isinstance(unit.role, Weak):
             for uuid, source in positives.items():
                 if weak_uuid(uuid, unit.role) == unit.uuid:
                     units[n] = replace(unit, source=source, joins=run.depth(unit.role))
+    if beside is not None:
+        units = _halves(run, units, beside)
+        positives = {unit.uuid: n for n, unit in enumerate(units) if unit.role == "positive"}
     if run.spared is None or not positives or all(unit.role != "negative" for unit in units):
         return units
     return _single_rows(run, units, size // len(units), next(iter(positives.values())))
+
+
+def _halves(run, units, beside):
+    """Each unit as the source's rows and the target's; those of the source that nobody asks for come in at the end."""
+    positive = next((n for n, unit in enumerate(units) if unit.role == "positive"), None)
+    halves = []
+    for n, unit in enumerate(units):
+        role, source, joins = beside.role(unit.role), 2 * n, 0
+        if role == IDLE and positive is not None and unit.joins:
+            source, joins = 2 * positive, len(run.blocks)
+        halves.append(replace(unit, role=role, source=source, joins=joins))
+        halves.append(replace(unit, source=2 * unit.source + 1))
+    return halves
 
 
 def _single_rows(run, units, size, positive):
@@ -139,11 +162,23 @@ def _edits(run, call, units):
                 else:
                     edits.setdefault(layer, {})[role] = role.edit
     for term, _, _ in call.active if call else ():
-        for role, layers, look in run.taps[term]:
-            if role in roles:
+        for looked, layers, look in run.taps[term]:
+            look = partial(look, call=call, role=looked)
+            for role in roles.keys() & (set(looked) if isinstance(looked, tuple) else {looked}):
                 for layer in layers:
-                    edits.setdefault(layer, {})[role] = partial(look, call=call, role=role)
+                    edits.setdefault(layer, {})[role] = look
     return edits, skips
+
+
+def _features(run, call):
+    """{layer: edit of all its rows} for the blocks whose output a term edits."""
+    features = {}
+    for term, weight, branches in call.active if call else ():
+        source = next((b for b in branches if isinstance(b, Source)), None)
+        for layer, edit in run.features[term]:
+            edit = partial(edit_features, partial(edit, call=call, weight=weight), call, layer, source)
+            features.setdefault(layer, []).append(edit)
+    return features
 
 
 def _share_controls(run, call, conds):

@@ -2,7 +2,8 @@
 
 import torch
 
-from .steering import ROLES, Other
+from .beside import predict_apart
+from .steering import Other, Source, Text, Weak
 
 
 def before_cfg(call, args):
@@ -74,20 +75,19 @@ def add(call, denoised, options):
     """Runs the branches that could not join the guider's batch, then adds each term's share."""
     call.options = options
     late = [branch for branch in call.branches if branch not in call.predictions]
-    apart = [branch for branch in late if not isinstance(branch, Other)]
+    apart = [branch for branch in late if isinstance(branch, (Weak, Text))]
     if apart:
         conds, roles = call.branch_conds(apart), apart
         if "positive" not in call.predictions:
             conds, roles = [call.conds["positive"], *conds], ["positive", *roles]
         call.predictions.update(zip(roles, call.predict(conds, roles), strict=True))
     for branch in late:
-        if isinstance(branch, Other):
+        if isinstance(branch, Source):
+            negative = call.conds["negative"] if "negative" in call.predictions else None
+            predict_apart(branch, call, call.predict, negative)
+        elif isinstance(branch, Other):
             call.predictions[branch] = call.run.others[branch].predict(call.x, call.sigma)
     for term, weight, branches in call.active:
         added = term.add(call, [call.predictions[b] for b in branches], weight)
         denoised = denoised if added is None else denoised + added
     return denoised
-
-
-def with_roles(model_options, roles):
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], ROLES: tuple(roles)}}

@@ -52,10 +52,12 @@ class Rows:
 
     units: the whole batch, in order.  shape: of the latent in it.
     edits: {Layer: {role: edit}}.  skips: {Layer: {role}}, blocks that these roles leave out.
+    features: {Layer: [edit]} of what blocks put out, edit(h, rows) -> h.
     """
 
-    def __init__(self, options, units, shape, edits, skips):
+    def __init__(self, options, units, shape, edits, skips, features=None):
         self.units, self.shape, self.edits, self.skips = units, tuple(shape), edits, skips
+        self.features = features or {}
         self.size = size = shape[0] // len(units)  # rows per unit
         self.joins = sorted({0, *(unit.joins for unit in units)})
         everyone = tuple(range(len(units)))
@@ -78,6 +80,10 @@ class Rows:
         """One attention edit, or None, per unit in the forward."""
         edits = self.edits.get(layer, {})
         return [edits.get(self.units[u].role) for u in self.present]
+
+    def parts(self):
+        """(unit, its rows as a slice) of those in the forward."""
+        return [(self.units[u], slice(n * self.size, (n + 1) * self.size)) for n, u in enumerate(self.present)]
 
     def enter(self, depth, block=None):
         """The forward has come to block number `depth`."""

@@ -12,10 +12,24 @@ import uuid
 from functools import partial
 
 from .architectures import depth, shared_blocks
-from .combine import add, after_cfg, before_cfg, with_roles
+from .combine import add, after_cfg, before_cfg
 from .other import Model
 from .stats import Stats
-from .steering import CALL, PAIRWISE, RUN, SHARE, Other, Text, Weak, blame, in_order, overrides
+from .steering import (
+    CALL,
+    PAIRWISE,
+    PLAIN,
+    RUN,
+    SHARE,
+    Other,
+    Source,
+    Text,
+    Weak,
+    blame,
+    in_order,
+    overrides,
+    with_roles,
+)
 
 KEY = "steer"
 
@@ -45,6 +59,7 @@ class Run:
         self.sampling = self.model.get_model_object("model_sampling")
         self.sampler = sampler
         self.sigmas = sigmas  # [steps + 1], on the CPU
+        self.shape = tuple(noise.shape)
         self.size = noise.shape[0]  # items of the batch
         self.state = {}  # term -> what it remembers between steps
         self.renoise = None  # D whose noise the next step keeps, for samplers that ask; None: the D they were handed
@@ -62,11 +77,19 @@ class Run:
                 self.terms.append((term, window, tuple(term.branches(self.model))))
                 self._warn(term, window)
         self.taps = {term: tuple(term.taps(self.model)) for term, _, _ in self.terms}
+        self.features = {term: tuple(term.features(self.model)) for term, _, _ in self.terms}
         branches = dict.fromkeys(branch for _, _, needed in self.terms for branch in needed)
+        sources = {branch for branch in branches if isinstance(branch, Source)}
+        if len(sources) > 1:
+            nodes = ", ".join(term.node for term, _, needed in self.terms if sources & set(needed))
+            raise ValueError(
+                f"{nodes}: they name different sources (trajectory or prompt); one picture can be beside the target: "
+                "wire the same to all of them."
+            )
         self.others = {branch: Model(branch.model, self) for branch in branches if isinstance(branch, Other)}
-        for branch in branches:
-            if isinstance(branch, Text):
-                guider.conds[str(branch)] = branch.conds(guider)
+        texts = {b: b.conds(guider) for b in branches if isinstance(b, (Text, Source))}
+        self.lengths = {branch: len(conds) for branch, conds in texts.items()}
+        guider.conds.update((str(branch), conds) for branch, conds in texts.items())
 
     def _check(self, term):
         guider = type(self.guider).__name__
@@ -100,6 +123,10 @@ class Run:
         if why:
             logging.warning(f"{term.node} has no effect in this run: {why}.")
 
+    def edits_at(self, sigma):
+        """True where D differs from what it is under `PLAIN`."""
+        return any(term.edits and window.weight(float(sigma)) for term, window, _ in self.terms)
+
     def depth(self, weak):
         """Number of the first block in which a `Weak` branch differs from the positive."""
         return depth(weak, self.blocks)
@@ -125,6 +152,7 @@ class Call:
         self.conds = run.guider.conds
         self.predictions = {}  # "positive", "negative" or branch -> D, as the network gave it
         self.seen = {}  # term -> what its taps saw
+        self.source = {}  # (layer, role) -> features of the source
         self.index = 0  # of the positive among the guider's conds, as other packs' patches know it
         self.options = None  # model_options of this evaluation
         self.joined = False
@@ -190,7 +218,10 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     run.stats.evaluations += 1
     # one look at sigma per evaluation, and none while every term is always on
     sigma = None if all(term.schedule.always for term, _, _ in run.terms) else float(timestep.max())
-    weighed = [(term, window.weight(sigma), branches) for term, window, branches in run.terms]
+    plain = model_options["transformer_options"].get(PLAIN, False)
+    weighed = [
+        (term, 0.0 if plain and term.edits else window.weight(sigma), branches) for term, window, branches in run.terms
+    ]
     # a term that looks at attention must find all rows of the negative, or none
     keeps = (term.needs_negative or overrides(term, "taps") for term, weight, _ in weighed if weight)
     run.needs_negative = any(keeps)

@@ -27,8 +27,10 @@ from .schedule import Schedule
 
 STACK = "steer"  # in model_options: the tuple of terms
 SHARE = "steer.share"  # in model_options: False where rows must not share what they have in common
+IDLE = "source, unused"  # role of source rows that nobody asks for
 # in transformer_options, for the time of one sampling run, one evaluation, one batch of conds:
 RUN, CALL, ROLES = "steer.run", "steer.call", "steer.roles"
+PLAIN = "steer.plain"  # True where a sampler asks for D without the terms that edit the network
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,31 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A source picture beside the target (beside.py): the network at the latent of a `Trajectory`, under conds of its
+    own and under the run's negative.
+
+    digest: equal ones are one prediction.  conds: as for `Text`.
+    """
+
+    digest: str
+    trajectory: Any = field(compare=False, repr=False)
+    conds: Callable = field(compare=False, repr=False)
+
+    def __str__(self):
+        return f"source:{self.digest}"
+
+    @property
+    def negative(self):
+        """Role of the prediction under the run's negative."""
+        return f"{self}, negative"
+
+    def role(self, target):
+        """Role of the rows beside those of the role `target`."""
+        return {"positive": self, "negative": self.negative}.get(target, IDLE)
+
+
+@dataclass(frozen=True)
 class Term:
     """One piece of steering; a method overrides the places it changes.
 
@@ -88,6 +115,7 @@ class Term:
     rank: ClassVar[int] = 0  # lower ranks come first in each place
     needs_negative: ClassVar[bool] = False  # also where the sampler's cfg is 1
     exclusive: ClassVar[bool] = False  # two of it at the same time have no meaning
+    edits: ClassVar[bool] = False  # changes what the network says of positive and negative; see PLAIN
 
     @property
     def off(self):
@@ -101,12 +129,20 @@ class Term:
         """Checks the term against model, sampler and sigmas before the first step; raises ValueError."""
 
     def branches(self, model):
-        """The `Weak`, `Text`, `Other` predictions it needs while it is active, on this ModelPatcher."""
+        """The `Weak`, `Text`, `Other`, `Source` predictions it needs while it is active, on this ModelPatcher."""
         return ()
 
     def taps(self, model):
         """Self-attention to look at while the network runs: [(role, layers, look)],
-        look(AttnCall, call=, role=) -> AttnCall."""
+        look(AttnCall, call=, role=) -> AttnCall. A tuple of roles is looked at together where they lie side by side:
+        (source, "positive") are the rows of a picture and of what is made of it, in this order."""
+        return ()
+
+    def features(self, model):
+        """Edits of what blocks of a UNet put out: [(layer, edit)], edit(h, source, call=, weight=) -> h.
+
+        h: [b, C, H, W], rows of one cond of the target.  source: the same of the source beside it (`Source`), or None.
+        """
         return ()
 
     def level(self, cfg, weight, run):
@@ -139,6 +175,23 @@ class Term:
     def step(self, denoised, call, weight):
         """The D to hand to the sampler."""
         return denoised
+
+
+@dataclass(frozen=True)
+class Away(Term):
+    """s (D_positive - D_branch) for the one branch of the term: away from a worse prediction."""
+
+    s: float = 3.0
+
+    def check(self):
+        number("scale", self.s)
+
+    @property
+    def off(self):
+        return super().off or self.s == 0.0
+
+    def add(self, call, extra, weight):
+        return (call.predictions["positive"] - extra[0]) * (self.s * weight)
 
 
 # a term that overrides one of these works only where the guider's result is CFG of positive and negative
@@ -177,9 +230,14 @@ def steer(model, term):
         with blame(term):
             term.branches(model)
             term.taps(model)
+            term.features(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
         install(model)
     return model
+
+
+def with_roles(model_options, roles):
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], ROLES: tuple(roles)}}
 
 
 def in_order(model_options):

@@ -189,7 +189,6 @@ def test_freeu(model, layer):
 
 def test_hypertile(model):
     """It folds tiles into the batch around attention."""
-    torch.manual_seed(0)
     tiled = nodes_hypertile.HyperTile.execute(model, 64, 1, 0, False)[0]
     steered = slg.apply(tiled, 3.0, "middle", ALWAYS)
     start = toy.noise(height=32, width=32)

@@ -29,6 +29,16 @@ def skippable_layers(model, text, auto):
     return _layers(model, text, auto, "skippable")
 
 
+def editable_layers(model, text):
+    """Layers of a ModelPatcher whose output can be edited, by name; "middle" is the h-space of a UNet."""
+    network = model.get_model_object("diffusion_model")
+    if not unet.matches(network):
+        raise ValueError(
+            f"works in the h-space of a UNet (SD1.x, SD2.x, SDXL), which {type(model.model).__name__} does not have."
+        )
+    return resolve(text, unet.editable(network))
+
+
 def _layers(model, text, auto, part):
     adapter = adapter_of(model.model)
     blocks = adapter.blocks(model.get_model_object("diffusion_model"))

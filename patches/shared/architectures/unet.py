@@ -58,14 +58,24 @@ def patch(options, rows, network):
         # (group, index) serves every transformer of the block, (group, index, transformer) takes precedence
         for key in [block, *(key for key in attn1 if key[:2] == block and len(key) == 3)]:
             attn1[key] = _replacement(layer, rows, attn1.get(key))
-    if rows.shares:
+    if rows.shares or rows.features:
         patches = options["patches"] = dict(options.get("patches", {}))
-        patches["output_block_patch"] = [partial(_skip_connection, rows), *patches.get("output_block_patch", ())]
+        patches["output_block_patch"] = [partial(_between_blocks, rows), *patches.get("output_block_patch", ())]
 
 
-def _skip_connection(rows, h, hsp, options):
-    """From before some rows joined, for a block where they are."""
-    return h, None if hsp is None else rows.conform(hsp)
+def editable(diffusion_model):
+    """Layers whose output can be edited: "middle" is the h-space of Asyrp, with ControlNet's share in it."""
+    outputs = len(diffusion_model.output_blocks)
+    return (Layer("middle", 0), *(Layer("output", i) for i in range(outputs - 1)))
+
+
+def _between_blocks(rows, h, hsp, options):
+    """Before an output block: what came out of the one before is edited, and the skip connection, from before some rows
+    joined, gets their rows."""
+    i = options["block"][1]
+    for edit in rows.features.get(Layer("output", i - 1) if i else Layer("middle", 0), ()):
+        h = edit(h, rows)
+    return h, hsp if hsp is None or not rows.shares else rows.conform(hsp)
 
 
 def _replacement(layer, rows, previous):

@@ -1,0 +1,59 @@
+"""Direct inversion (Ju et al. 2023, arXiv 2310.01506): the source is put back on its trajectory at every step."""
+
+from dataclasses import dataclass
+
+from ..shared.beside import source_of
+from ..shared.conditioning import refuse_hooks
+from ..shared.euler import next_sigma, only_euler
+from ..shared.steering import Source, Term, blame, number, steer
+
+
+@dataclass(frozen=True)
+class DirectInversion(Term):
+    """D + o (D_z - D_src): what the sampler's step would lose of the source, given to the target.
+
+    The source z runs beside the target under its own prompt, the run's negative and cfg: D_src. The Euler step from z
+    to the next latent z' of its trajectory is the one towards D_z = z - s (z' - z) / (s' - s); D_z - D_src is the
+    paper's offset z' - z'_src (algorithm 1) as a D. With o = 0 the target has none of it (the paper's choice), with
+    o = 1 the same prompt returns the source, at any cfg.
+    """
+
+    source: Source = None
+    o: float = 1.0
+    node = "SteerDirectInversion"
+    exclusive = True
+
+    def check(self):
+        number("offset", self.o, 0.0, 1.0)
+
+    @property
+    def off(self):
+        return super().off or self.o == 0.0
+
+    def prepare(self, run):
+        only_euler(run)
+        self.source.trajectory.check(run.model, run.shape, run.sigmas)
+
+    def branches(self, model):
+        return (self.source,)
+
+    def step(self, denoised, call, weight):
+        trajectory, D_src = self.source.trajectory, call.predictions[self.source]
+        if self.source.negative in call.predictions:
+            D_neg = call.predictions[self.source.negative]
+            D_src = D_neg + (D_src - D_neg) * call.run.guider.cfg
+        s = call.level
+        s_next = next_sigma(call)
+        z, z_next = (trajectory.at(sigma).to(D_src) for sigma in (s, s_next))
+        D_z = z - (z_next - z) * (s / (s_next - s))
+        return denoised + (D_z - D_src) * (self.o * weight)
+
+
+def apply(model, trajectory, o, schedule, source=None):
+    with blame(DirectInversion):
+        conditioning = trajectory.conditioning if source is None else source
+        if not conditioning:
+            raise ValueError("there is no source prompt: the trajectory was saved without one; wire source.")
+        refuse_hooks(conditioning)
+        trajectory.check(model)
+    return steer(model, DirectInversion(schedule, source_of(conditioning, trajectory), o))
