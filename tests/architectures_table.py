@@ -104,17 +104,28 @@ def cell(answers):
     return "not " + ", ".join(name for name, yes in answers.items() if not yes)
 
 
-def table():
+def answers(named):
+    """{method: cell} of one architecture, {name: Network}."""
+    return {method: cell({name: acts(method, n) for name, n in named.items()}) for method in METHODS}
+
+
+def names():
+    """{method: name in the table}: the first node of its file."""
     from steer.nodes import discover
+
+    found = {}
+    for node in discover():
+        found.setdefault(node.__module__.split(".")[-1], node.define_schema().node_id.removeprefix("Steer"))
+    return found
+
+
+def table():
     from steer.patches.shared.architectures import shared_blocks
 
-    names = {}  # the first node of a file is its method
-    for node in discover():
-        names.setdefault(node.__module__.split(".")[-1], node.define_schema().node_id.removeprefix("Steer"))
-    columns, rows = {}, networks()
+    rows, columns = networks(), {}
+    found = {architecture: answers(named) for architecture, named in rows.items()}
     for method in METHODS:
-        answers = tuple(cell({name: acts(method, n) for name, n in v.items()}) for v in rows.values())
-        columns.setdefault(answers, []).append(names[method])
+        columns.setdefault(tuple(each[method] for each in found.values()), []).append(names()[method])
     sharing = [cell({name: bool(shared_blocks(n.model)) for name, n in v.items()}) for v in rows.values()]
     heads = ["model", *(", ".join(group) for group in columns.values()), "rows computed once while they are alike"]
     lines = [heads, ["---"] * len(heads), *zip(rows, *columns, sharing, strict=True)]
@@ -124,6 +135,15 @@ def table():
 def written():
     """The README's table as it stands."""
     return README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+
+
+def read():
+    """{architecture: {name of a method: cell}} of the README's table."""
+    heads, _, *rows = ([c.strip() for c in line.strip("| ").split("|")] for line in written().splitlines())
+    groups = [head.split(", ") for head in heads[1:-1]]
+    return {
+        row[0]: {name: said for group, said in zip(groups, row[1:-1], strict=True) for name in group} for row in rows
+    }
 
 
 def main():

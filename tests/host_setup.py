@@ -24,7 +24,7 @@ SDISTS = {
 }
 DEFAULT_VERSION = "0.30.0"  # its requirements build the one environment in which every version above starts
 TORCH = "torch==2.13.0"  # pinned where no NVIDIA GPU is present
-TOOLS = ["pytest", "ruff"]
+TOOLS = ["pytest", "pytest-xdist", "ruff"]
 COMPANIONS = ["torchvision", "torchaudio"]  # kept only where they import: a CPU-only torch may have no match
 NOT_NEEDED = ["comfyui-workflow-templates"]  # hundreds of megabytes of template media
 MARK = "steer-recipe.txt"
@@ -114,11 +114,12 @@ def has_nvidia():
 def borrow_tools(home):
     """pytest for an interpreter that is not ours: kept in a folder of this repository, out of the user's packages."""
     tools = home / "tools"
-    if not (tools / "pytest").is_dir():
+    if not (tools / "xdist").is_dir():
         home.mkdir(exist_ok=True)
         with lock(home / "lock"), tempfile.TemporaryDirectory(dir=home) as scratch:
             say(f"Installing pytest into {tools}.")
-            run([sys.executable, "-m", "pip", "install", "--target", str(Path(scratch) / "tools"), "pytest"])
+            run([sys.executable, "-m", "pip", "install", "--target", str(Path(scratch) / "tools"), "pytest",
+                 "pytest-xdist"])
             shutil.rmtree(tools, ignore_errors=True)
             os.replace(Path(scratch) / "tools", tools)
     return tools

@@ -1,6 +1,6 @@
 """Runs every test in a real ComfyUI, which is set up first where there is none.
 
-    python tests/run.py                      all tests
+    python tests/run.py                      all tests, side by side on up to four cores
     python tests/run.py tests/guidance -x    what follows goes to pytest
     python tests/run.py --host all           on every supported ComfyUI version, one after the other
 
@@ -34,7 +34,18 @@ def main():
     root = Path(__file__).absolute().parents[1]
     chosen = any(Path(argument.split("::")[0]).exists() for argument in for_pytest)
     targets = [] if chosen else [str(root / "tests")]
-    return pytest.main(["--rootdir", str(root), "-c", str(root / "pyproject.toml"), *for_pytest, *targets])
+    side_by_side = [] if chosen else workers(for_pytest)
+    options = ["--rootdir", str(root), "-c", str(root / "pyproject.toml"), *side_by_side]
+    return pytest.main([*options, *for_pytest, *targets])
+
+
+def workers(for_pytest):
+    """pytest-xdist's options: a process per core, with one thread each; nothing where it is missing or was chosen."""
+    count = min(os.cpu_count() or 1, 4)
+    if count < 2 or importlib.util.find_spec("xdist") is None or any(a.startswith("-n") for a in for_pytest):
+        return []
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores make torch crawl
+    return ["-n", str(count), "--dist", "worksteal"]
 
 
 def on_versions(versions, for_pytest):

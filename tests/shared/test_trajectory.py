@@ -12,7 +12,8 @@ def model():
 
 
 def trajectory(model, sigmas=SIGMAS, shape=(1, 4, 8, 8)):
-    return Trajectory(sigmas, torch.arange(len(sigmas)).view(-1, 1, 1, 1, 1) * torch.ones(shape), fingerprint(model), [])
+    latents = torch.arange(len(sigmas)).view(-1, 1, 1, 1, 1) * torch.ones(shape)
+    return Trajectory(sigmas, latents, fingerprint(model), [])
 
 
 def test_between_two_steps_it_is_on_the_line_of_an_euler_step(model):
