@@ -85,3 +85,17 @@ def sigmas_of(model, scheduler, steps, denoise=1.0):
 
     sampling = model.get_model_object("model_sampling")
     return comfy.samplers.calculate_sigmas(sampling, scheduler, max(int(steps / denoise), steps))[-(steps + 1) :].cpu()
+
+
+def trajectory():
+    return io.Custom("STEER_TRAJECTORY").Input(
+        "trajectory", tooltip="From SteerInvert: the path of the source picture from noise, found with this model."
+    )
+
+
+def source():
+    return io.Conditioning.Input(
+        "source",
+        optional=True,
+        tooltip="The prompt that describes the source picture; without it, the one it was inverted with.",
+    )
