@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..shared.euler import ancestral, signal
 from ..shared.steering import RUN, Term, number, steer
 
 SOLVERS = ("euler", "euler_ancestral", "dpmpp_2m")
@@ -60,18 +61,6 @@ class CFGPP(Term):
         return (signal(sampling, s_next) * D_l - r * signal(sampling, s) * D_u) / (1 - r)
 
 
-def signal(model_sampling, sigma):
-    """a(sigma) of x = a x0 + sigma n: 1 for eps, v and EDM models in the host's scaling, 1 - sigma for flow."""
-    import comfy.model_sampling as ms
-
-    if isinstance(model_sampling, ms.CONST) and not isinstance(model_sampling, ms.IMG_TO_IMG_FLOW):
-        return 1 - sigma
-    if isinstance(model_sampling, (ms.EPS, ms.COSMOS_RFLOW)) and not isinstance(model_sampling, ms.IMG_TO_IMG):
-        return 1.0
-    kind = ", ".join(base.__name__ for base in type(model_sampling).__bases__)
-    raise ValueError(f"its step is derived for eps, v, EDM and flow models, not for this one ({kind}).")
-
-
 def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, solver="euler", eta=1.0, s_noise=1.0):
     """CFG++ with the noise of D_u in the place of the solver's own; plain solver outside SteerCFGPP's window.
 
@@ -122,17 +111,6 @@ def extrapolation(sigmas, a):
 
     l_last, l_now, l_next = (torch.as_tensor(a_).log() - s.log() for a_, s in zip(a, sigmas, strict=True))
     return (l_next - l_now) / (2 * (l_now - l_last))
-
-
-def ancestral(s, s_next, a_next, model_sampling, eta):
-    """How much of the old noise a step to `s_next` keeps and how much is fresh, as the host's ancestral samplers."""
-    from comfy.k_diffusion.sampling import get_ancestral_step
-
-    if isinstance(a_next, float):
-        return get_ancestral_step(s, s_next, eta=eta)
-    down = s_next * (1 + (s_next / s - 1) * eta)
-    kept = down * a_next / signal(model_sampling, down)
-    return kept, (s_next**2 - kept**2) ** 0.5
 
 
 def apply(model, lam, schedule):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.architectures import adapter_of, unet
+from ..shared.euler import signal
 from ..shared.layers import Layer
 from ..shared.steering import Term, number, steer
-from .cfgpp import signal
 from .seg import gaussian
 
 THRESHOLD = 1.0  # of the attention that a place receives, where 1 is its even share (the paper's psi)
