@@ -41,7 +41,7 @@ def run_beside(executor, source, call, model, conds, roles, x, timestep, options
         predict_apart(source, call, predict, dict(zip(roles, conds, strict=True)).get("negative"))
         return executor(model, conds, x, timestep, options)
     conds = [together if i == positive else cond for i, cond in enumerate(conds)]
-    both = torch.cat((source.trajectory.at(call.level).to(x), x)), torch.cat((timestep, timestep))
+    both = torch.cat((_latents(source, call, x), x)), torch.cat((timestep, timestep))
     beside = {**options["transformer_options"], BESIDE: source}
     out = executor(model, conds, *both, {**options, "transformer_options": beside})
     for role, cond, D in zip(roles, conds, out, strict=True):
@@ -54,7 +54,7 @@ def predict_apart(source, call, predict, negative):
     """The source's predictions from a forward of its own. negative: the run's; None where it has none now."""
     conds = [_conds(source, call), *([] if negative is None else [negative])]
     roles = [source, source.negative][: len(conds)]
-    out = predict(conds, roles, source.trajectory.at(call.level).to(call.x))
+    out = predict(conds, roles, _latents(source, call, call.x))
     call.predictions.update(zip(roles, out, strict=True))
 
 
@@ -78,6 +78,13 @@ def edit_features(edit, call, layer, source, h, rows):
                 )
         edited[at] = edit(h[at], content)
     return edited
+
+
+def _latents(source, call, x):
+    """Of the trajectory at this evaluation, as many as the target's x has: one source may be beside all items."""
+    from comfy.utils import repeat_to_batch_size
+
+    return repeat_to_batch_size(source.trajectory.at(call.level).to(x), x.shape[0])
 
 
 def _conds(source, call):
