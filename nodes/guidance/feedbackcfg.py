@@ -13,7 +13,7 @@ class FeedbackCFG(io.ComfyNode):
             category="steer/guidance",
             description="Chooses the cfg of every step by itself, for each picture: the strongest that follows the "
             "prompt without driving contrast away from an unguided picture's. In place of the sampler's cfg. Costs "
-            "nothing. Its scores are simple ones, not the paper's trained evaluators.",
+            "nothing. Its own scores are simple ones, not the paper's trained evaluators; a scorer judges pictures.",
             search_aliases=["dynamic cfg", "automatic cfg", "online feedback", "adaptive cfg", "Feedback CFG"],
             inputs=[
                 io.Model.Input("model", tooltip="Any model that is sampled with a negative."),
@@ -53,6 +53,12 @@ class FeedbackCFG(io.ComfyNode):
                     "cfgs; 0 always takes high.",
                 ),
                 *inputs.window(),
+                io.Custom("STEER_SCORER").Input(
+                    "scorer",
+                    optional=True,
+                    tooltip="Judges the estimate of every candidate, in place of the simple score of following the "
+                    "prompt. Each candidate is decoded and judged in each step: take fewer of them.",
+                ),
                 inputs.curve("how much of the chosen cfg replaces the sampler's"),
             ],
             outputs=[io.Model.Output(tooltip="The model, steered. Wire it to KSampler or a CFGGuider.")],
@@ -60,10 +66,10 @@ class FeedbackCFG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, low, high, candidates, fidelity, start_percent, end_percent, curve=None
+        cls, model, low, high, candidates, fidelity, start_percent, end_percent, scorer=None, curve=None
     ) -> io.NodeOutput:
         schedule = inputs.schedule(start_percent, end_percent, curve)
-        return io.NodeOutput(feedbackcfg.apply(model, low, high, candidates, fidelity, schedule))
+        return io.NodeOutput(feedbackcfg.apply(model, low, high, candidates, fidelity, schedule, scorer))
 
 
 NODES = [FeedbackCFG]

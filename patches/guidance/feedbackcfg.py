@@ -1,9 +1,10 @@
-"""Dynamic CFG via online feedback (Papalampidi et al. 2025, arXiv 2509.16131), with scorers that need no weights."""
+"""Dynamic CFG via online feedback (Papalampidi et al. 2025, arXiv 2509.16131)."""
 
 from dataclasses import dataclass
 
 import torch
 
+from ..shared.scorer import Scorer
 from ..shared.steering import Term, number, steer
 
 
@@ -11,16 +12,18 @@ from ..shared.steering import Term, number, steer
 class FeedbackCFG(Term):
     """w = argmax over candidates of alignment(w) - fidelity * distance(w), greedily in each step, item by item.
 
-    The paper scores D_w = D_u + w d with trained evaluators of noisy latents. These two need none:
+    The paper scores D_w = D_u + w d with trained evaluators of noisy latents. A `scorer` of pictures is asked for the
+    alignment of each D_w; without one there are two that need no weights:
         alignment(w)  cosine of D_w and d: how much of the clean estimate is what the prompt adds
         distance(w)   |log(std D_w / std D_c)|: how far its contrast is from that of an unguided estimate
-    Both are functions of inner products, so no candidate is ever built.
+    Both are functions of inner products, so without a scorer no candidate is ever built.
     """
 
     low: float = 1.0
     high: float = 7.5
     count: int = 14
     fidelity: float = 0.5
+    scorer: Scorer | None = None
     node = "SteerFeedbackCFG"
     needs_negative = True
     exclusive = True
@@ -34,21 +37,29 @@ class FeedbackCFG(Term):
     def scale(self, w, difference, call, weight):
         candidates = torch.linspace(self.low, self.high, self.count, device=difference.device)
         D_c = call.predictions["positive"]
-        best = candidates[self.score(D_c, difference, candidates).argmax(1)]
+        alignment, distance = scores(D_c, difference, candidates)
+        if self.scorer is not None:
+            alignment = self.judged(D_c - difference, difference, candidates, call.run.model.model)
+        best = candidates[(alignment - self.fidelity * distance).argmax(1)]
         best = best.view(-1, *[1] * (difference.ndim - 1))
         return w + (best - w) * weight
 
-    def score(self, D_c, d, w):
-        """[B, K] of D_c, d [B, ...] and candidates w [K]."""
-        D_u, d = centred(D_c - d), centred(d)
-        uu, ud, dd = ((a * b).sum(1, keepdim=True) for a, b in ((D_u, D_u), (D_u, d), (d, d)))
+    def judged(self, D_u, d, w, model):
+        """The scorer's answers, [B, K]; one candidate of the whole batch at a time."""
+        answers = [self.scorer(model.process_latent_out(D_u + each * d)) for each in w]
+        return torch.stack([each.to(d.device, torch.float32) for each in answers], 1)
 
-        def square(w):  # of the norm of D_w
-            return (uu + 2 * w * ud + w * w * dd).clamp(min=1e-12)
 
-        alignment = (ud + w * dd) / (square(w) * dd).clamp(min=1e-12).sqrt()
-        distance = (square(w) / square(torch.ones_like(w))).log().abs() / 2
-        return alignment - self.fidelity * distance
+def scores(D_c, d, w):
+    """alignment and distance, [B, K], of D_c, d [B, ...] and candidates w [K]."""
+    D_u, d = centred(D_c - d), centred(d)
+    uu, ud, dd = ((a * b).sum(1, keepdim=True) for a, b in ((D_u, D_u), (D_u, d), (d, d)))
+
+    def square(w):  # of the norm of D_w
+        return (uu + 2 * w * ud + w * w * dd).clamp(min=1e-12)
+
+    alignment = (ud + w * dd) / (square(w) * dd).clamp(min=1e-12).sqrt()
+    return alignment, (square(w) / square(torch.ones_like(w))).log().abs() / 2
 
 
 def centred(D):
@@ -57,5 +68,5 @@ def centred(D):
     return flat - flat.mean(1, keepdim=True)
 
 
-def apply(model, low, high, count, fidelity, schedule):
-    return steer(model, FeedbackCFG(schedule, low, high, count, fidelity))
+def apply(model, low, high, count, fidelity, schedule, scorer=None):
+    return steer(model, FeedbackCFG(schedule, low, high, count, fidelity, scorer))
