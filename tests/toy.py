@@ -128,14 +128,14 @@ def flux():
     return model(FLUX, "flow", base=comfy.model_base.Flux)
 
 
-def controlnet(hint, strength=1.0):
-    """A random ControlNet for `UNET` with a hint image [1, 3, H, W], as ControlNetApply puts it on a conditioning."""
+def controlnet(hint, strength=1.0, config=UNET):
+    """A random ControlNet for `config` with a hint image [1, 3, H, W], as ControlNetApply puts it on a conditioning."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
 
     # the output side of the UNet has no counterpart in a ControlNet
-    config = {k: v for k, v in UNET.items() if k not in ("out_channels", "transformer_depth_output")}
+    config = {k: v for k, v in config.items() if k not in ("out_channels", "transformer_depth_output")}
     network = comfy.cldm.cldm.ControlNet(
         **config, hint_channels=3, num_head_channels=32, device="cpu", operations=comfy.ops.manual_cast
     )

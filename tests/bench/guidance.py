@@ -1,11 +1,12 @@
-"""Cost of guidance: forwards, rows, FLOPs and time per step, alone and together, against core and the naive way.
+"""Cost of guidance: forwards, rows, FLOPs, memory and time, alone and together, against core and the naive way.
 
 The naive way is one forward of its own per extra prediction, after the guider's, as nodes do that know nothing of each
 other.
 
-    python tests/bench/guidance.py [--repeats 5] [--models lab sd15]
+    python tests/bench/guidance.py [--repeats 5] [--models lab sd15 controlnet]
 
-FLOPs are counted (torch.utils.flop_counter) and do not depend on the machine. Times are ratios to plain CFG, the
+FLOPs are counted (torch.utils.flop_counter) and do not depend on the machine. Memory is the peak of what a run
+allocates beside the weights (torch.profiler). Times are ratios to plain CFG, the
 methods taking turns in one process, the median over the repeats: run it on a machine that does nothing else.
 Writes tests/bench/results.md.
 """
@@ -40,7 +41,24 @@ def sd15():
     return toy.model(toy.SD15), conds, 32
 
 
-MODELS = {"lab": ("Lab-UNet, 128 px", lab), "sd15": ("SD1.5 UNet, full size, random weights, 256 px", sd15)}
+def controlnet():
+    """The same with a ControlNet of full size on both prompts."""
+    import node_helpers
+    import torch
+    import toy
+
+    model, conds, size = sd15()
+    hint = torch.rand(1, 3, 8 * size, 8 * size, generator=torch.Generator().manual_seed(0))
+    values = {"control": toy.controlnet(hint, config=toy.SD15), "control_apply_to_uncond": False}
+    return model, {k: node_helpers.conditioning_set_values(c, values) for k, c in conds.items()}, size
+
+
+MODELS = {
+    "lab": ("Lab-UNet, 128 px", lab, None),
+    "sd15": ("SD1.5 UNet, full size, random weights, 256 px", sd15, None),
+    "controlnet": ("The same with a ControlNet of full size", controlnet,
+                   ("CFG", "core PAG", "SteerPAG", "SteerPAG, rows not shared")),
+}
 
 
 def methods(model, conds):
@@ -96,13 +114,13 @@ def naive(model, count):
 
 
 def measure(name, repeats):
-    """Rows (method, forwards, TFLOPs, time ratio to CFG, time ratio to core PAG), all per step."""
+    """(method, forwards, rows, FLOPs, bytes, time ratio to CFG, time ratio to core PAG), all but bytes per step."""
     import toy
     from torch.utils.flop_counter import FlopCounterMode
 
-    label, make = MODELS[name]
+    label, make, chosen = MODELS[name]
     model, conds, size = make()
-    kinds = methods(model, conds)
+    kinds = {kind: m for kind, m in methods(model, conds).items() if chosen is None or kind in chosen}
 
     def run(kind):
         # a schedule whose steps lie on both sides of 40 %
@@ -112,7 +130,8 @@ def measure(name, repeats):
     for kind in kinds:
         with toy.count_forwards(model) as count, FlopCounterMode(display=False) as flops:
             run(kind)
-        rows[kind] = count.calls / STEPS, count.rows / STEPS, flops.get_total_flops() / STEPS
+        counted = (count.calls, count.rows, flops.get_total_flops())
+        rows[kind] = *(n / STEPS for n in counted), peak(lambda k=kind: run(k))
     times = {kind: [] for kind in kinds}
     for i in range(repeats):
         for kind in kinds:
@@ -129,17 +148,32 @@ def measure(name, repeats):
     return label, seconds, [(k, *rows[k], ratio(k, "CFG"), ratio(k, "core PAG")) for k in kinds]
 
 
+def peak(run):
+    """Bytes: the most that was allocated at once during `run`, beside what was there before."""
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as profiled:
+        run()
+    events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
 def table(label, seconds, rows):
     lines = [
         f"## {label}",
         "",
         f"Plain CFG takes {seconds:.3f} s per step here.",
         "",
-        "| method | forwards per step | rows per step | GFLOPs per step | time / CFG | time / core PAG |",
-        "|---|---|---|---|---|---|",
+        "| method | forwards per step | rows per step | GFLOPs per step | peak MB | time / CFG | time / core PAG |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for kind, calls, count, flops, to_cfg, to_core in rows:
-        lines.append(f"| {kind} | {calls:g} | {count:g} | {flops / 1e9:.2f} | {to_cfg:.3f} | {to_core:.3f} |")
+    for kind, calls, count, flops, most, to_cfg, to_core in rows:
+        cost = f"{calls:g} | {count:g} | {flops / 1e9:.2f} | {most / 2**20:.0f}"
+        lines.append(f"| {kind} | {cost} | {to_cfg:.3f} | {to_core:.3f} |")
     return "\n".join(lines)
 
 
@@ -154,7 +188,8 @@ def main():
 
     parts = [
         "# Cost of guidance",
-        "Made by `python tests/bench/guidance.py`. Forwards, rows and FLOPs are counted; times are medians of ratios, "
+        "Made by `python tests/bench/guidance.py`. Forwards, rows, FLOPs and the peak of memory beside the weights are "
+        "counted; times are medians of ratios, "
         f"methods interleaved, {args.repeats} rounds of {STEPS} steps, {torch.get_num_threads()} threads, "
         f"{platform.machine()}, torch {torch.__version__}, fp32.",
         *(table(*measure(name, args.repeats)) for name in args.models),
