@@ -85,7 +85,7 @@ def start_latent(trajectory, model):
 
 class InvertedNoise:
     """The NOISE with which a sampler of the host starts at the first latent of a trajectory, whatever latent it is
-    given beside it. For a sampler that runs the trajectory's sigmas, or their last steps."""
+    given beside it. For a sampler that runs the trajectory's sigmas."""
 
     seed = 0
 
@@ -113,9 +113,13 @@ def invert(model, positive, latent, sigmas, method="fixed-point", iterations=5, 
     """The `Trajectory` of `latent` [B, C, ...] under `positive`, without guidance. ValueError where it cannot be."""
     from comfy.samplers import CFGGuider
 
-    number("iterations", iterations, 1, 100)
+    number(f"{NODE}: iterations", iterations, 1, 100)
     if len(sigmas) < 2:
         raise ValueError(f"{NODE}: there are {max(len(sigmas) - 1, 0)} steps to invert; give it one at least.")
+    if not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError(
+            f"{NODE}: the sigmas must fall with every step; choose another scheduler, fewer steps, or no FlipSigmas."
+        )
     if float(sigmas[-1]) != 0.0:
         raise ValueError(
             f"{NODE}: the sigmas end at {float(sigmas[-1]):.4g}; they must end at 0, where the picture is."
