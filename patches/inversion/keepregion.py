@@ -48,7 +48,8 @@ class Region:
                     "sampler, or a trajectory to this node."
                 )
             return
-        self.trajectory.check(model, shape)
+        one = len(self.trajectory.source) == 1  # goes with all items
+        self.trajectory.check(model, (1, *shape[1:]) if one else shape)
         highest = float(self.trajectory.sigmas[0])
         if float(sigmas[0]) > highest * (1 + 1e-4):
             raise ValueError(

@@ -136,6 +136,12 @@ def test_a_batch_is_its_items_and_each_has_its_mask():
     assert torch.equal(again, both)
 
 
+def test_one_trajectory_and_one_mask_go_with_a_whole_batch():
+    model, latent = toy.model(), picture()
+    out = edited(keep(model, half(), inverted(model, latent)), latent.repeat(3, 1, 1, 1))
+    assert torch.equal(out[..., 8:], latent[..., 8:].repeat(3, 1, 1, 1)) and not torch.equal(out[0], out[1])
+
+
 def test_models_and_siblings_are_as_before_also_after_an_error():
     model, latent = toy.model(), picture()
     found = inverted(model, latent)
@@ -145,7 +151,7 @@ def test_models_and_siblings_are_as_before_also_after_an_error():
     steered = keep(sibling, half(), found)
     first = edited(steered, latent)
     with pytest.raises(ValueError, match="SteerKeepRegion"):
-        edited(steered, picture(2))
+        edited(steered, picture(1, 24, 24))
 
     def stop(*_):
         raise InterruptedError
@@ -237,11 +243,12 @@ def test_other_bad_input_is_refused_before_sampling():
     low = toy.sigmas(model, 8)[4:]
     with torch.inference_mode():
         half_way = invert(model, toy.POSITIVE, latent, low, "ddim / euler")
+    two = inverted(model, picture(2))
     with toy.count_forwards(model) as count:
         with pytest.raises(ValueError, match="of a size other than"):
             edited(steered, picture(1, 24, 24))
         with pytest.raises(ValueError, match="of a batch other than"):
-            edited(steered, picture(2))
+            edited(keep(model, half(), two), picture(3))
         with pytest.raises(ValueError, match="starts at sigma .* above the trajectory"):
             edited(keep(model, half(), half_way), latent)
         with pytest.raises(ValueError, match="the sampler's latent is empty"):
