@@ -1,17 +1,18 @@
 """What guidance does to the pictures of the lab's trained models.
 
-    python tests/bench/lab_guidance.py [--prompts 32] [--seeds 4] [--steps 20]
+    python tests/bench/lab_guidance.py [--prompts 32] [--seeds 4] [--steps 20] [--tables 1 2 ...]
 
 Prompts name every factor of held-out portraits, so the truth can be drawn. Per setting, over prompts and seeds:
     rows        rows of the network per step: 2 is plain CFG
     hits        share of factors that the reader finds as prompted
+    fit         mean log-probability that the reader gives to what was prompted, 0 at best: also tells near misses
     PSNR        to the drawn truth as the VAE renders it; faces differ in their proportions, so 25 dB is out of reach
     saturation  distance of a picture's mean HSV saturation to its truth's
     contrast    distance of a picture's standard deviation of brightness to its truth's
     diversity   distance between pictures of one prompt and different seeds, in the reader's features
 and, without any prompt and without CFG,
     FD          Frechet distance between samples and drawn portraits in the reader's features: lower is more real
-Writes tests/bench/lab_guidance.md and nodes/help/guidance.jpg.
+Writes the chosen tables into tests/bench/lab_guidance.md, and with the first one nodes/help/guidance.jpg.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def truth(prompts):
 
 def sampled(which):
     """How a lab model is sampled, unless said otherwise."""
-    return {"steps": 20, **({"scheduler": "simple"} if which == "dit" else {})}
+    return {"steps": 20, **({"scheduler": "simple"} if which.startswith("dit") else {})}
 
 
 def saturation(x):
@@ -84,6 +85,7 @@ def measure(steer=lambda model: model, prompts=32, seeds=4, which="unet", **samp
         "pictures": made[0][:4],
         "rows": count.rows / (prompts * seeds * sampling["steps"]),
         "hits": float(hits(reader, x, portraits * seeds).float().mean()),
+        "fit": sum(float(reader.score(x[i : i + 1], c)) for i, c in enumerate(captions * seeds)) / len(x),
         "PSNR": float((-10 * (x - drawn).square().flatten(1).mean(1).log10()).mean()),
         "saturation": float((saturation(x) - saturation(drawn)).abs().mean()),
         "contrast": float((contrast(x) - contrast(drawn)).abs().mean()),
@@ -170,29 +172,46 @@ def main():
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make anew; all by default")
     args = parser.parse_args()
     host.enter()
     host.load_pack()
     from bench.lab_settings import TABLES
 
-    lines = [
-        "# What guidance does on the lab",
-        "",
-        f"Made by `lab_guidance.py --prompts {args.prompts} --seeds {args.seeds} --steps {args.steps}`"
-        ", with euler; what the columns mean is said at its top. The lab proves the implementation, not the looks on "
-        "other models.",
-    ]
-    for title, columns, settings in TABLES:
+    size = dict(prompts=args.prompts, seeds=args.seeds, steps=args.steps)
+    made = read()
+    for number, (title, columns, settings) in enumerate(TABLES, 1):
+        if args.tables and number not in args.tables:
+            continue
+        lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         shown = []
-        lines += ["", f"## {title}", "", f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for name, run in settings():
-            figures = run(prompts=args.prompts, seeds=args.seeds, steps=args.steps)
+            figures = run(**size)
             lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3f}' for column in columns)} |")
             print(lines[-1], flush=True)
             shown.append((name, figures))
-            RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if title == TABLES[0][0]:
+        by = " ".join(f"--{name} {value}" for name, value in size.items())
+        made[title] = "\n".join([f"`lab_guidance.py {by} --tables {number}`", "", *lines])
+        write([(title, made[title]) for title, _, _ in TABLES if title in made])
+        if number == 1:
             grid(shown).save(PICTURE, quality=85)
+
+
+def read():
+    """{title: text} of the tables in the file."""
+    if not RESULTS.is_file():
+        return {}
+    sections = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {title: text.strip() for title, _, text in (section.partition("\n") for section in sections)}
+
+
+def write(tables):
+    head = (
+        "# What guidance does on the lab\n\nEach table says by which command it was made, with euler; what the columns "
+        "mean is said at the top of `tests/bench/lab_guidance.py`. The lab proves the implementation, not the looks on "
+        "other models.\n"
+    )
+    RESULTS.write_text(head + "".join(f"\n## {title}\n\n{text}\n" for title, text in tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

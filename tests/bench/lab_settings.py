@@ -104,6 +104,23 @@ def dit():
         yield pictures(f"CFG 1, {name}", steer, which="dit", cfg=1.0)
 
 
+def dit_weak():
+    """A model that obeys badly, where there is something to gain."""
+    for cfg in (1.0, 2.0, 3.0, 4.0, 7.5):
+        yield pictures(f"CFG {cfg:g}", which="dit-weak", cfg=cfg)
+    for cfg, name, steer in (
+        (1.0, "TAG 0.2", lambda m: tag.apply(m, 0.2, ALWAYS)),
+        (4.0, "beta-CFG, gamma 0", lambda m: betacfg.apply(m, 2.0, 2.0, 0.0, False, ALWAYS)),
+        (7.5, "feedback", lambda m: feedbackcfg.apply(m, 1.0, 7.5, 8, 0.5, ALWAYS)),
+        (7.5, "TCFG", lambda m: tcfg.apply(m, 1.0, ALWAYS)),
+        (7.5, "CFG-Zero*", lambda m: cfgzerostar.apply(m, 0.0, ALWAYS)),
+        (7.5, "APG", lambda m: apg.apply(m, 0.0, 0.75, -0.5, ALWAYS)),
+        (7.5, "rescale 0.7", lambda m: rescale.apply(m, 0.7, ALWAYS)),
+        (7.5, "FDG, low 2, high 7.5", lambda m: fdg.apply(m, 2.0, 7.5, 1, ALWAYS)),
+    ):
+        yield pictures(f"CFG {cfg:g}, {name}", steer, which="dit-weak", cfg=cfg)
+
+
 def dit_unconditional():
     for name, steer in {
         "off": plain,
@@ -132,6 +149,7 @@ TABLES = [
     ("Rows spared, Lab-UNet", COLUMNS, spared),
     ("Without CFG, Lab-UNet", (*COLUMNS, "FD"), weak),
     ("Lab-DiT", COLUMNS, dit),
+    ("Lab-DiT, little trained", ("rows", "hits", "fit", "diversity"), dit_weak),
     ("Without prompt and without CFG, Lab-DiT, 8 steps, layer single.1", ("FD",), dit_unconditional),
     ("Share of pictures that show what a subtractive negative names", ("shown",), negatives),
 ]
