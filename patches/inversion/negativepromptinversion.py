@@ -1,0 +1,51 @@
+"""Negative-prompt inversion (Miyake et al. 2023, arXiv 2305.16807): the source's prompt in place of the negative."""
+
+import torch
+
+from ..shared.steering import number
+
+NODE = "SteerNegativePromptInversion"
+
+
+def slerp(a, b, share):
+    """From a (share 0) to b (1) along the arc between them, taken as one vector each, of any norm; on a line where they
+    are parallel. Item by item of the first dimension."""
+    u, v = a.flatten(1).double(), b.flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(u, v, dim=1).clamp(-1, 1)
+    angle = cosine.acos()[:, None]
+    flat = angle.sin() < 1e-4
+    sine = torch.where(flat, 1.0, angle.sin())
+    first = torch.where(flat, 1 - share, ((1 - share) * angle).sin() / sine)
+    second = torch.where(flat, share, (share * angle).sin() / sine)
+    return (first * u + second * v).view_as(a).to(a)
+
+
+def apply(source, negative=None, interpolation=0.0):
+    """The CONDITIONING for the sampler's negative: `source`, or on the way from it to `negative`.
+
+    With it as negative and `source` as positive, D_neg + cfg (D_pos - D_neg) = D_pos at any cfg: the path of the
+    inversion, which ran without guidance.
+    """
+    number(f"{NODE}: interpolation", interpolation, 0.0, 1.0)
+    if not source:
+        raise ValueError(f"{NODE}: the source prompt is empty; wire the one with which the picture was inverted.")
+    if interpolation == 0.0:
+        return source
+    if not negative:
+        raise ValueError(f"{NODE}: interpolation {interpolation} is towards a negative, and there is none; wire it.")
+    if len(source) > 1 or len(negative) > 1:
+        raise ValueError(
+            f"{NODE}: the source prompt has {len(source)} parts and the negative {len(negative)}; interpolation is "
+            "between one each. Set it to 0, or take prompts that are not combined."
+        )
+    ((a, options),), ((b, others),) = source, negative
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{NODE}: the source prompt has {a.shape[1]} tokens of width {a.shape[2]}, the negative {b.shape[1]} of "
+            f"width {b.shape[2]}; set interpolation to 0, or take prompts of equal length from one text encoder."
+        )
+    options = dict(options)
+    p, q = options.get("pooled_output"), others.get("pooled_output")
+    if p is not None and q is not None:
+        options["pooled_output"] = slerp(p, q, interpolation)
+    return [[slerp(a, b.to(a), interpolation), options]]
