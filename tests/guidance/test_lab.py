@@ -10,7 +10,7 @@ import torch
 import toy
 from bench.lab_guidance import lab, measure, text, unconditional, without
 from steer.models.lab.evaluate import sample
-from steer.patches.guidance import apg, cfgpp, negative, pag, seg, slg
+from steer.patches.guidance import apg, betacfg, cfgpp, feedbackcfg, negative, pag, seg, slg, tag
 from steer.patches.shared.architectures import adapter_of
 from steer.patches.shared.schedule import Schedule
 
@@ -64,6 +64,25 @@ def test_cfgpp_beats_cfg_at_the_papers_pair():
     plain, ours = figures("CFG", 7.5), figures("CFG++", 7.5)
     assert ours["hits"] > plain["hits"] - 0.02
     assert ours["PSNR"] > plain["PSNR"] + 1.0
+
+
+@pytest.mark.parametrize(
+    "cfg, steer, gain",
+    [
+        (1.0, lambda m: tag.apply(m, 0.2, ALWAYS), 0.1),
+        (4.0, lambda m: betacfg.apply(m, 2.0, 2.0, 0.0, False, ALWAYS), 0.01),
+        (7.5, lambda m: feedbackcfg.apply(m, 1.0, 7.5, 8, 0.5, ALWAYS), 0.15),
+    ],
+    ids=["TAG", "beta-CFG", "feedback"],
+)
+def test_a_model_that_obeys_badly_obeys_better(cfg, steer, gain):
+    """The reader's mean log-probability of the prompt on the little trained Lab-DiT. At 10 steps over four seeds: TAG
+    -1.42 to -1.30, beta-CFG -1.12 to -1.04, feedback -1.23 to -1.02; here -1.48 to -1.29, -1.10 to -1.06, -1.30 to
+    -1.01, and each finds 0.01 to 0.03 more of the prompt."""
+    options = dict(prompts=16, seeds=2, which="dit-weak", steps=6, cfg=cfg)
+    plain, steered = measure(**options), measure(steer, **options)
+    assert steered["fit"] > plain["fit"] + gain
+    assert steered["hits"] > plain["hits"]
 
 
 def test_cfgpp_paths_are_smoother():
