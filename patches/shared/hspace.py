@@ -61,6 +61,6 @@ def probe(model, conditioning, pairs, layer, callback=None):
     guider.set_conds(conditioning, [])
     asked = Probe(pairs, read)
     x = torch.zeros_like(pairs[0][0])
-    sigmas = torch.tensor([float(sigma) for _, sigma in pairs])
+    sigmas = torch.tensor([*(float(sigma) for _, sigma in pairs), 0.0])
     guider.sample(x, x.clone(), asked, sigmas, callback=callback, seed=0, disable_pbar=True)
     return asked.found
