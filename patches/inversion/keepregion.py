@@ -31,9 +31,12 @@ class Region:
 
     def on(self, shape):
         """m on a latent [B, C, ...]; ValueError where it makes no sense."""
+        empty = "the mask is empty, so that nothing may change; paint what may change."
+        if not bool(self.mask.any()):  # of whatever size: so the host loads pictures without transparency
+            raise ValueError(empty)
         m = feather(grow(fit(self.mask, shape), self.grow), self.feather)
         if not bool(m.any()):
-            raise ValueError("the mask is empty, so that nothing may change; paint what may change, or grow it.")
+            raise ValueError(empty)
         if bool((m == 1).all()):
             raise ValueError(
                 "the mask is full, so that nothing is kept; invert it if it marks what to keep, or leave the node out."
@@ -120,8 +123,6 @@ def apply(model, mask, trajectory, cells, soft, schedule):
         if trajectory is not None:
             trajectory.check(model)
             region.on(trajectory.source.shape)
-        elif not bool(mask.any()):
-            raise ValueError("the mask is empty, so that nothing may change; paint what may change.")
     model = model.clone()
     if not schedule.closed:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, region.outer_sample)
