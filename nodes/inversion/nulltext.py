@@ -41,7 +41,7 @@ class NullTextInversion(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "lr",
-                    default=0.05,
+                    default=0.1,
                     min=0.0,
                     max=1.0,
                     step=0.005,

@@ -95,7 +95,7 @@ def text_of(conds):
     return text
 
 
-def optimise(model, trajectory, negative, cfg, iterations=10, lr=0.05, source=None, callback=None):
+def optimise(model, trajectory, negative, cfg, iterations=10, lr=0.1, source=None, callback=None):
     """The finished `Optimisation` of a trajectory of this ModelPatcher."""
     from comfy.samplers import CFGGuider
 
@@ -123,7 +123,7 @@ def optimise(model, trajectory, negative, cfg, iterations=10, lr=0.05, source=No
     return found
 
 
-def apply(model, trajectory, negative, cfg, iterations=10, lr=0.05, source=None, callback=None):
+def apply(model, trajectory, negative, cfg, iterations=10, lr=0.1, source=None, callback=None):
     """A CONDITIONING for the sampler's negative: at each step of the trajectory another text, in force from halfway
     to the step before to halfway to the step after."""
     found = optimise(model, trajectory, negative, cfg, iterations, lr, source, callback)
