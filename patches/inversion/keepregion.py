@@ -85,15 +85,15 @@ class Region:
         m = self.on(noise.shape).to(noise)
         z_0 = latent_image if self.trajectory is None else self.trajectory.source.to(noise)
 
-        def path(x, sigma):
-            if self.trajectory is not None:
-                return self.trajectory.at(float(sigma.max())).to(x)
-            return guider.inner_model.scale_latent_inpaint(x=x, sigma=sigma, noise=noise, latent_image=z_0)
-
         def predict(x, sigma, **options):
-            if not window.weight(float(sigma.max())):
+            level = float(sigma.max())
+            if not window.weight(level):
                 return guider(x, sigma, **options)
-            D = guider(m * x + (1 - m) * path(x, sigma), sigma, **options)
+            if self.trajectory is None:
+                z = guider.inner_model.scale_latent_inpaint(x=x, sigma=sigma, noise=noise, latent_image=z_0)
+            else:
+                z = self.trajectory.at(level).to(x)
+            D = guider(m * x + (1 - m) * z, sigma, **options)
             return m * D + (1 - m) * z_0
 
         return executor(Guider(guider, predict), sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
