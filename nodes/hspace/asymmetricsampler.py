@@ -8,7 +8,7 @@ class AsymmetricSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SteerAsymmetricSampler",
-            display_name="Asymmetric Reverse Process",
+            display_name="Asymmetric Reverse Process Sampler",
             category="steer/hspace",
             description="The sampler for edits of a network's features (SteerInjectFusion, SteerAsyrp): the edit "
             "changes the clean estimate of each step, and the noise that is kept stays the unedited network's, so "

@@ -9,12 +9,12 @@ class Asyrp(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SteerAsyrp",
-            display_name="Diffusion Models already have a Semantic Latent Space",
+            display_name="Asyrp: Directions in h-space",
             category="steer/hspace",
             description="Adds a direction to the features at the bottom of the UNet, so that a picture gets glasses or "
             "a smile and keeps the rest. Several in a row add up. Take SteerAsymmetricSampler, which makes the paper's "
             "step; other samplers show a weaker version.",
-            search_aliases=["Asyrp", "asymmetric reverse process", "h-space", "slider", "attribute editing"],
+            search_aliases=["semantic latent space", "asymmetric reverse process", "h-space", "slider", "attribute editing"],
             inputs=[
                 io.Model.Input("model", tooltip="The UNet with which the direction was found."),
                 io.Custom("STEER_DIRECTION").Input(

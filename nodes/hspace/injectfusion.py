@@ -9,13 +9,13 @@ class InjectFusion(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SteerInjectFusion",
-            display_name="Training-free Content Injection using h-space",
+            display_name="InjectFusion: Content Injection in h-space",
             category="steer/hspace",
             description="Puts the content of one picture (face, expression, glasses) into another that keeps its "
             "colours and surroundings, by mixing the features at the bottom of the UNet. Start the sampler from the "
             "other picture's inverted noise and take SteerAsymmetricSampler, which makes the paper's step; other "
             "samplers show a weaker version.",
-            search_aliases=["InjectFusion", "DiffStyle", "h-space", "content injection", "style transfer", "face mix"],
+            search_aliases=["training-free content injection", "DiffStyle", "h-space", "content injection", "style transfer", "face mix"],
             inputs=[
                 io.Model.Input("model", tooltip="A UNet (SD1.x, SD2.x, SDXL)."),
                 io.Custom("STEER_TRAJECTORY").Input(

@@ -9,7 +9,7 @@ class EditFriendly(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SteerEditFriendly",
-            display_name="An Edit Friendly DDPM Noise Space",
+            display_name="Edit-friendly DDPM Inversion",
             category="steer/inversion",
             description="Finds the noise maps from which the model draws a picture step by step, and gives a sampler "
             "that draws with them: the same prompt and cfg return the picture exactly, another prompt edits it. Wire "
