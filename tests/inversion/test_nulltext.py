@@ -67,7 +67,8 @@ def test_the_loss_falls_in_every_step_and_the_sampler_follows_it(kind):
     """What euler draws under the CONDITIONING is where the search ended: each step has its own text."""
     model = toy.flux() if kind == "flux" else toy.model(kind=kind)
     trajectory, passed = path(model), []
-    negative = nulltext.apply(model, trajectory, toy.NEGATIVE, W, 4, callback=lambda *step: passed.append(step))
+    keep = lambda *step: passed.append(step)  # noqa: E731
+    negative = nulltext.apply(model, trajectory, toy.NEGATIVE, W, 4, 0.05, callback=keep)
     again = found(model, trajectory)
     assert all(step[-1] < step[0] for step in again.losses)
     assert [torch.equal(part[0], text) for part, text in zip(negative, again.texts, strict=True)] == [True] * 3
