@@ -75,7 +75,7 @@ class FlowEdit(io.ComfyNode):
                     "method",
                     options=list(flowedit.METHODS),
                     tooltip="FlowEdit takes small steps, for any model. DDCM (InfEdit) jumps to the edited picture at "
-                    "every step, for models that draw in a few steps (LCM).",
+                    "every step, for models that draw in a few steps (LCM); not for ordinary flow models.",
                     advanced=True,
                 ),
                 io.Mask.Input(

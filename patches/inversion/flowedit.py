@@ -91,7 +91,7 @@ def guider(model, source, positive, negative, source_cfg, target_cfg, mask=None)
         def predict_source(self, x, timestep, model_options, seed=None):
             conds = self.conds["negative"], self.conds["source"]
             return comfy.samplers.sampling_function(
-                self.inner_model, x, timestep, *conds, source_cfg, model_options=model_options, seed=seed
+                self.inner_model, x, timestep, *conds, self.source_cfg, model_options=model_options, seed=seed
             )
 
         def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
@@ -102,7 +102,7 @@ def guider(model, source, positive, negative, source_cfg, target_cfg, mask=None)
                 check_latent(latent_image)
                 check_sigmas(sigmas)
                 sampler.check(sigmas)
-                for each in (mask, denoise_mask):
+                for each in (self.mask, denoise_mask):
                     if each is not None:
                         fitted = fit(each.cpu(), latent_image.shape)
                         both = fitted if both is None else both * fitted
@@ -122,4 +122,5 @@ def guider(model, source, positive, negative, source_cfg, target_cfg, mask=None)
     pair = Pair(model)
     pair.inner_set_conds({"positive": positive, "negative": negative, "source": source})
     pair.set_cfg(target_cfg)
+    pair.source_cfg, pair.mask = source_cfg, mask
     return pair
