@@ -69,7 +69,8 @@ class Optimisation:
         for _ in range(self.iterations):
             throw_exception_if_processing_interrupted()
             loss = (step(e)[0] - pivot).square().mean(dims) / pivot.var(dims)
-            e.grad, = torch.autograd.grad(loss.sum(), e)
+            slope, = torch.autograd.grad(loss.sum() * pivot[0].numel(), e)  # of a mean, half precision would lose it
+            e.grad = slope / pivot[0].numel()
             before, losses = e.detach().clone(), [*losses, loss.detach()]
             adam.step()
             with torch.no_grad():

@@ -100,10 +100,11 @@ def test_a_rate_of_0_leaves_the_negative():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_finite(dtype):
+def test_half_precision_finds_its_way(dtype):
     model = toy.model(dtype=dtype)
-    ours = found(model, path(model, steps=2), iterations=2)
+    ours = found(model, path(model, steps=2), iterations=3)
     assert all(text.isfinite().all() and text.dtype == torch.float32 for text in ours.texts)
+    assert all(step[-1] < step[0] for step in ours.losses)
 
 
 def test_an_interrupt_leaves_nothing():
