@@ -14,7 +14,9 @@ class Asyrp(io.ComfyNode):
             description="Adds a direction to the features at the bottom of the UNet, so that a picture gets glasses or "
             "a smile and keeps the rest. Several in a row add up. Take SteerAsymmetricSampler, which makes the paper's "
             "step; other samplers show a weaker version.",
-            search_aliases=["semantic latent space", "asymmetric reverse process", "h-space", "slider", "attribute editing"],
+            search_aliases=[
+                "semantic latent space", "asymmetric reverse process", "h-space", "slider", "attribute editing",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The UNet with which the direction was found."),
                 io.Custom("STEER_DIRECTION").Input(

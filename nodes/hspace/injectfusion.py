@@ -15,7 +15,10 @@ class InjectFusion(io.ComfyNode):
             "colours and surroundings, by mixing the features at the bottom of the UNet. Start the sampler from the "
             "other picture's inverted noise and take SteerAsymmetricSampler, which makes the paper's step; other "
             "samplers show a weaker version.",
-            search_aliases=["training-free content injection", "DiffStyle", "h-space", "content injection", "style transfer", "face mix"],
+            search_aliases=[
+                "training-free content injection", "DiffStyle", "h-space", "content injection", "style transfer",
+                "face mix",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A UNet (SD1.x, SD2.x, SDXL)."),
                 io.Custom("STEER_TRAJECTORY").Input(
