@@ -16,7 +16,11 @@ class NullTextInversion(io.ComfyNode):
             "while: try Negative-prompt Inversion first.",
             search_aliases=["NTI", "null-text optimization", "null text", "unconditional embedding", "pivotal"],
             inputs=[
-                io.Model.Input("model", tooltip="The model with which the picture was inverted, not quantised."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model with which the picture was inverted: not quantised, and from before "
+                    "other Steer nodes.",
+                ),
                 inputs.trajectory(),
                 io.Conditioning.Input(
                     "negative", tooltip="Where the search begins: the empty prompt, as in the paper, or your negative."

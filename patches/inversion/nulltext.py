@@ -7,7 +7,7 @@ import torch
 
 from ..shared.conditioning import refuse_hooks
 from ..shared.gradient import differentiable, gradients, own, predict
-from ..shared.steering import number
+from ..shared.steering import STACK, number
 
 NODE = "SteerNullText"
 LOSS, LATER = 1e-5, 1e-3  # an item is done with step i of N below LOSS + LATER i / N
@@ -105,6 +105,9 @@ def optimise(model, trajectory, negative, cfg, iterations=10, lr=0.1, source=Non
     number(f"{NODE}: lr", lr, 0.0)
     if cfg == 1.0:
         raise ValueError(f"{NODE}: at cfg 1 the negative is not used; set the cfg with which the sampler will run.")
+    carried = ", ".join(term.node for term in model.model_options.get(STACK, ()))
+    if carried:
+        raise ValueError(f"{NODE}: searches along plain cfg, the model carries {carried}; wire it from before that.")
     positive = trajectory.conditioning if source is None else source
     if not positive or not negative:
         missing = "negative is empty; wire it" if positive else "trajectory was saved without a prompt; wire source"

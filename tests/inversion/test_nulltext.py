@@ -2,7 +2,9 @@ import comfy.model_management as mm
 import pytest
 import torch
 import toy
+from steer.patches.guidance import pag
 from steer.patches.inversion import nulltext
+from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.trajectory import Trajectory, fingerprint
 
 W = 4.0
@@ -135,6 +137,7 @@ WINDOWED = [[toy.NEGATIVE[0][0], {**toy.NEGATIVE[0][1], "start_percent": 0.2, "e
     (dict(negative=WINDOWED), "the negative has several parts, an area or a timestep range"),
     (dict(conditioning=[]), "the trajectory was saved without a prompt; wire source"),
     (dict(model=toy.model(kind="v")), "the trajectory is of another model"),
+    (dict(model=pag.apply(toy.model(), 2.0, "middle", Schedule())), "searches along plain cfg, .* carries SteerPAG"),
 ])
 def test_nonsense_is_refused_before_anything_runs(options, says):
     options = dict(options)
