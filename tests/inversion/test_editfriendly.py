@@ -4,6 +4,7 @@ import pytest
 import torch
 import toy
 from comfy.k_diffusion.sampling import default_noise_sampler
+from steer.models.lab.portrait import FACTORS
 from steer.patches.inversion import editfriendly
 from steer.patches.shared.steering import SHARE
 
@@ -185,3 +186,29 @@ def test_maps_of_another_run_are_refused(options, says):
     assert count.calls == 0
     with pytest.raises(ValueError, match="SteerEditFriendly: the trajectory is of another model"):
         redraw(toy.model(kind="v"), sampler)
+
+
+def test_as_a_user_wires_it(run_prompt):
+    """Through the executor: the prompt and cfg of the source return the latent, whatever noise the sampler is given."""
+
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    result = run_prompt({
+        "1": node("SteerLabModel", model="unet"),
+        "2": node("SteerLabPortrait", seed=5, **dict.fromkeys(FACTORS, "from seed")),
+        "3": node("VAEEncode", pixels=["2", 0], vae=["1", 2]),
+        "4": node("CLIPTextEncode", clip=["1", 1], text=["2", 1]),
+        "5": node("CLIPTextEncode", clip=["1", 1], text=""),
+        "6": node("RandomNoise", noise_seed=3),
+        "7": node("SteerEditFriendly", model=["1", 0], positive=["4", 0], negative=["5", 0], latent=["3", 0],
+                  noise=["6", 0], cfg=3.5, steps=8, scheduler="normal", skip=0.3, eta=1.0),
+        "8": node("CFGGuider", model=["1", 0], positive=["4", 0], negative=["5", 0], cfg=3.5),
+        "9": node("SamplerCustomAdvanced", noise=["6", 0], guider=["8", 0], sampler=["7", 0], sigmas=["7", 1],
+                  latent_image=["3", 0]),
+        "10": node("VAEDecode", samples=["9", 0], vae=["1", 2]),
+        "11": node("PreviewImage", images=["10", 0]),
+    })
+    latent = result["3"][0]["samples"]
+    assert float((result["9"][0]["samples"] - latent).abs().max()) < 1e-5
+    assert len(result["7"][1]) == 8 - 2 + 1

@@ -3,6 +3,7 @@ import comfy.samplers
 import pytest
 import torch
 import toy
+import toy_dit
 from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy.samplers import sampling_function
 from steer.patches.guidance import cfgpp, pag
@@ -213,3 +214,12 @@ def test_bad_input_is_refused_before_sampling(options, says):
 def test_its_sampler_without_its_guider_is_refused():
     with pytest.raises(ValueError, match="SteerFlowEdit: its sampler needs its guider"):
         toy.sample(toy.model(), sampler=FlowEdit(n_max=4))
+
+
+def test_a_video_with_a_mask():
+    model, latent, mask = toy_dit.model("wan"), toy_dit.noise("wan", 2), torch.zeros(1, 64, 64)
+    mask[:, :32] = 1.0
+    pair = guider(model, toy_dit.text(3), toy_dit.text(1), toy_dit.text(2), 1.5, 5.5, mask)
+    zeros, sampler = torch.zeros_like(latent), FlowEdit(n_max=2)
+    out = toy_dit.sample("wan", model, zeros, guider=pair, sampler=sampler, steps=3, latent=latent)
+    assert torch.equal(out[..., 4:, :], latent[..., 4:, :]) and not near(out[..., :4, :], latent[..., :4, :], 1e-2)
