@@ -73,6 +73,14 @@ class Pullback(io.ComfyNode):
                     '"output.2" find directions of finer detail.',
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "method",
+                    options=list(pullback.METHODS),
+                    tooltip="finite differences: the best directions among the smoothest ones, without gradients. "
+                    "power method: the paper's, the best of all, finer; needs gradients, more memory and several times "
+                    "as long.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -84,13 +92,13 @@ class Pullback(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, trajectory, percent, component, strength, iterations, directions, layer
+        cls, model, positive, trajectory, percent, component, strength, iterations, directions, layer, method
     ) -> io.NodeOutput:
         import latent_preview
 
         callback = latent_preview.prepare_callback(model, iterations)
         latent, sigmas = pullback.edit(
-            model, positive, trajectory, percent, component, strength, iterations, directions, layer, callback
+            model, positive, trajectory, percent, component, strength, iterations, directions, layer, method, callback
         )
         return io.NodeOutput({"samples": latent}, sigmas)
 

@@ -69,6 +69,26 @@ def test_the_basis_is_a_singular_value_decomposition_of_the_jacobian(kind):
         assert float((Jv - basis.s[i] * basis.u[i]).norm() / basis.s[i]) < 1e-2
 
 
+def test_the_power_method_finds_the_first_directions_of_all(monkeypatch):
+    """The oracle measures J along every direction there is, 256 of them; the method asks for 4 and has gradients, in
+    the host's inference mode."""
+    model = toy.model()
+    trajectory = path(model, size=(8, 8))
+    x, sigma, before = trajectory.latents[1], trajectory.sigmas[1], toy.sample(model)
+    with torch.inference_mode():
+        whole = pullback.local_basis(model, toy.POSITIVE, x, sigma, 256)
+        power = pullback.exact_basis(model, toy.POSITIVE, x, sigma, 4)
+        monkeypatch.setattr(pullback, "ROUNDS", 2)
+        moved = edit(model, trajectory, iterations=1, method="power method")[0]
+    assert torch.allclose(power.s[:2], whole.s[:2], rtol=1e-2)
+    v = power.v.flatten(1)
+    assert torch.allclose(v @ v.T, torch.eye(4), atol=1e-4)
+    inside = (v[:1] @ whole.v[:4].flatten(1).T).norm()  # singular values that lie close mix their vectors
+    assert float(inside) > 0.95
+    assert bool(moved.isfinite().all()) and not torch.equal(moved, edit(model, trajectory, iterations=1)[0])
+    assert torch.equal(toy.sample(model), before)
+
+
 def test_the_first_direction_moves_the_features_more_than_random_ones():
     """A random network has no direction of its own; on the trained one it is several times more, see test_lab.py."""
     model, x, sigma, basis = found()
