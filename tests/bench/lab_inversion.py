@@ -1,13 +1,14 @@
 """How exactly inverted portraits come back under guidance on the lab's trained models, and what each method costs.
 
     python tests/bench/lab_inversion.py [--portraits 32] [--sets 4] [--steps 20] [--models unet,dit]
+                                          [--methods ddim,npi,...]
 
 Held-out portraits are inverted under their captions and drawn again under the same captions, at cfg 5. Per method:
     PSNR        to the portrait as the VAE renders it, in dB: mean and standard deviation over the portraits; per set
     rows        of the network per picture and step, in finding and drawing, without the inversion; one with a backward
                 pass counts 3
     kept        numbers that the method keeps per picture and step, in system memory
-Writes tests/bench/lab_inversion.md.
+Writes tests/bench/lab_inversion.md; what it says of other models stays.
 """
 
 import argparse
@@ -23,7 +24,11 @@ import host  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_inversion.md")
 CFG = 5.0
-METHODS = ("ddim", "npi", "null-text", "direct", "fixed-point", "fixed-point, npi", "fixed-point, direct")
+METHODS = ("ddim", "npi", "null-text", "direct", "fixed-point", "fixed-point+npi", "fixed-point+direct")
+TITLE = f"""# How inverted portraits come back on the lab
+
+With euler at cfg {CFG:g}; what the columns mean is said at the top of the command. The first four methods begin with
+DDIM inversion, as in the papers; null-text has the node's defaults."""
 
 
 class Lab:
@@ -155,7 +160,7 @@ def table(which, args):
 
     sets = [Lab(which, args.portraits, 5000 + 1000 * i, args.steps) for i in range(args.sets)]
     yield f"| method | PSNR | per set | rows | kept |\n{'|---' * 5}|"
-    for method in METHODS:
+    for method in args.methods.split(","):
         found = [work(lab, method) for lab in sets]
         psnr = torch.cat([each for each, _, _ in found])
         per_set = ", ".join(f"{float(each.mean()):.1f}" for each, _, _ in found)
@@ -175,22 +180,19 @@ def main():
     parser.add_argument("--sets", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--models", default="unet,dit")
+    parser.add_argument("--methods", default=",".join(METHODS))
     args = parser.parse_args()
     host.enter()
     host.load_pack()
-    lines = [
-        "# How inverted portraits come back on the lab",
-        "",
-        f"Made by `lab_inversion.py --portraits {args.portraits} --sets {args.sets} --steps {args.steps}`, with euler "
-        f"at cfg {CFG:g}; what the columns mean is said at its top. The first four begin with DDIM inversion, as in "
-        "the papers; null-text with the node's defaults.",
-    ]
+    title, *old = RESULTS.read_text(encoding="utf-8").split("\n## ") if RESULTS.is_file() else [TITLE]
+    sections = {section.split("\n")[0]: section.rstrip("\n") for section in old}
     for which in args.models.split(","):
-        lines += ["", f"## {which}", ""]
+        options = f"--portraits {args.portraits} --sets {args.sets} --steps {args.steps}"
+        sections[which] = f"{which}\n\nMade by `lab_inversion.py {options}`.\n"
         for line in table(which, args):
-            lines.append(line)
+            sections[which] += f"\n{line}"
             print(line, flush=True)
-            RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            RESULTS.write_text("\n\n## ".join([title.rstrip("\n"), *sections.values()]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_the_order_of_the_papers_from_ddim_inversion(which):
 @pytest.mark.parametrize("which", ["unet", "dit"])
 def test_a_fixed_point_makes_the_source_prompt_enough(which):
     """41 to 60 dB at cfg 5, where DDIM inversion has 27 to 32; with an empty negative it helps little."""
-    assert worst_and_best(which, "fixed-point, npi")[0] > worst_and_best(which, "npi")[1] + 8
+    assert worst_and_best(which, "fixed-point+npi")[0] > worst_and_best(which, "npi")[1] + 8
     assert worst_and_best(which, "fixed-point")[1] < worst_and_best(which, "npi")[0]
 
 
