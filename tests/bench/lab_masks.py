@@ -1,6 +1,6 @@
 """Masks on the lab's trained models: does DiffEdit find what changes, and does Keep Region keep the rest?
 
-    python tests/bench/lab_masks.py [--portraits 32] [--sets 2] [--steps 20]
+    python tests/bench/lab_masks.py [--portraits 16] [--sets 2] [--steps 20]
 
 Held-out portraits without hats; one factor of each is changed in the caption.
     IoU         of DiffEdit's mask with the truth: the drawn region, or where the two drawn portraits differ; mean and
@@ -117,7 +117,7 @@ def main():
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--portraits", type=int, default=32)
+    parser.add_argument("--portraits", type=int, default=16)
     parser.add_argument("--sets", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()

@@ -192,6 +192,16 @@ def test_a_latent_of_its_own_comes_from_the_trajectory():
     torch.testing.assert_close(out[..., 8:], latent[..., 8:])
 
 
+def test_two_samplers_one_after_the_other_are_one():
+    model, latent = toy.model(), picture()
+    found = inverted(model, latent)
+    start, steered = InvertedNoise(found, model).generate_noise({"samples": latent}), keep(model, half(), found)
+    whole = edited(steered, latent, start, sigmas=found.sigmas)
+    first = edited(steered, latent, start, sigmas=found.sigmas[:3])
+    second = edited(steered, first, torch.zeros_like(start), sigmas=found.sigmas[2:])
+    torch.testing.assert_close(second, whole, rtol=1e-3, atol=1e-3)
+
+
 def test_half_precision_odd_sizes_and_videos():
     for dtype in (torch.float16, torch.bfloat16):
         model, latent = toy.model(dtype=dtype), picture(1, 18, 14)
