@@ -75,7 +75,7 @@ def of_pictures(model, conditioning, noise, latent, other, sigmas, layer="middle
     if other is not None:
         dh = _mean(found) - _mean(features(other["samples"]))
     else:
-        dh = principal(torch.stack([h.cpu() for h, _ in found], 1), component)
+        dh = principal(torch.stack([h for h, _ in found], 1), component)
     return _direction(model, dh, sigmas, where, latent)
 
 
@@ -108,7 +108,7 @@ def _draw(model, positive, negative, noise, latent, sigmas, cfg, callback):
     guider.set_cfg(cfg)
 
     def keep(i, D, x, total):
-        path.append((x.clone(), sigmas[i]))
+        path.append((x.cpu().clone(), sigmas[i]))
         if callback is not None:
             callback(i, D, x, total)
 
@@ -118,7 +118,7 @@ def _draw(model, positive, negative, noise, latent, sigmas, cfg, callback):
 
 
 def _mean(found):
-    return torch.stack([h.mean(0).cpu() for h, _ in found])
+    return torch.stack([h.mean(0) for h, _ in found])
 
 
 def _steps(sigmas):

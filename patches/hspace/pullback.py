@@ -198,6 +198,8 @@ def edit(model, conditioning, trajectory, percent, component, strength, iteratio
     level = float(sampling.percent_to_sigma(percent))
     i = int((trajectory.sigmas[:-1] - level).abs().argmin())
     sigma, x = trajectory.sigmas[i], trajectory.latents[i]
+    if float(signal(sampling, float(sigma))) <= 0:
+        raise ValueError(f"{Pullback.node}: at percent {percent} there is noise alone; take a higher one.")
     if strength:
         if method == METHODS[0]:
             find = partial(local_basis, count=count)

@@ -38,7 +38,7 @@ class Probe:
         for i, (x, sigma) in enumerate(self.pairs):
             x = x.to(noise)
             D = model_wrap(x, x.new_full((x.shape[0],), float(sigma)), **extra_args)
-            self.found.append((run.state.pop(self.term), D))
+            self.found.append((run.state.pop(self.term).cpu(), D.cpu()))
             if callback is not None:
                 callback(i, D, x, len(self.pairs))
         return noise
@@ -53,7 +53,7 @@ def block(model, name):
 
 
 def probe(model, conditioning, pairs, layer, callback=None):
-    """[(h [b, C, H, W] of the Layer, D)] at each (x [b, C, ...] as a sampler sees it, sigma), without guidance."""
+    """[(h [b, C, H, W] of the Layer, D)], on the CPU, at each (x [b, C, ...] as a sampler sees it, sigma), without guidance."""
     from comfy.samplers import CFGGuider
 
     read = Read(layer=layer)

@@ -161,5 +161,8 @@ def test_bad_input():
             edit(model, path(model), **options)
     with pytest.raises(ValueError, match="SteerPullback: the trajectory is of another model"):
         edit(model, path(toy.model(kind="v")))
+    flow = toy.model(kind="flow")
+    with pytest.raises(ValueError, match="SteerPullback: at percent 0.0 there is noise alone"):
+        edit(flow, path(flow), percent=0.0)
     with pytest.raises(ValueError, match="SteerPullback: works in the h-space of a UNet"):
         edit(toy.flux(), path(toy.flux()))
