@@ -53,7 +53,8 @@ def block(model, name):
 
 
 def probe(model, conditioning, pairs, layer, callback=None):
-    """[(h [b, C, H, W] of the Layer, D)], on the CPU, at each (x [b, C, ...] as a sampler sees it, sigma), without guidance."""
+    """[(h [b, C, H, W] of the Layer, D)], on the CPU, at each (x [b, C, ...] as a sampler sees it, sigma), without
+    guidance."""
     from comfy.samplers import CFGGuider
 
     read = Read(layer=layer)
