@@ -16,6 +16,7 @@ sys.path += [str(HERE), str(ROOT / "tests")]
 import host  # noqa: E402
 
 README = ["guidance-pag", "guidance-apg", "guidance-cfgpp"]
+EDITING = ["inversion-directinversion", "inversion-flowedit", "hspace-injectfusion"]
 
 
 def rows_of(name):
@@ -76,11 +77,12 @@ def main():
         for path in targets:
             sheet(rows).save(path, quality=88)
             print(path.relative_to(ROOT))
-    if set(README) <= set(made):
-        pairs = [made[name][0][:4] + made[name][1][:4] for name in README]  # off, then on
-        path = ROOT / "nodes" / "help" / "steer.jpg"
-        sheet(pairs).save(path, quality=88)
-        print(path.relative_to(ROOT))
+    for names, file in ((README, "steer.jpg"), (EDITING, "editing.jpg")):
+        if set(names) <= set(made):
+            pairs = [made[name][0][:4] + made[name][1][:4] for name in names]  # off, then on
+            path = ROOT / "nodes" / "help" / file
+            sheet(pairs).save(path, quality=88)
+            print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
