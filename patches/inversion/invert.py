@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..shared.steering import number
+from ..shared.picture import check_latent, check_sigmas
+from ..shared.steering import blame, number
 from ..shared.trajectory import Trajectory, fingerprint
 
 NODE = "SteerInvert"
@@ -54,6 +55,7 @@ class Inversion:
     method: str
     iterations: int
     path: list = field(default_factory=list)
+    node = NODE
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
@@ -113,21 +115,10 @@ def invert(model, positive, latent, sigmas, method="fixed-point", iterations=5, 
     """The `Trajectory` of `latent` [B, C, ...] under `positive`, without guidance. ValueError where it cannot be."""
     from comfy.samplers import CFGGuider
 
-    number(f"{NODE}: iterations", iterations, 1, 100)
-    if len(sigmas) < 2:
-        raise ValueError(f"{NODE}: there are {max(len(sigmas) - 1, 0)} steps to invert; give it one at least.")
-    if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(
-            f"{NODE}: the sigmas must fall with every step; choose another scheduler, fewer steps, or no FlipSigmas."
-        )
-    if float(sigmas[-1]) != 0.0:
-        raise ValueError(
-            f"{NODE}: the sigmas end at {float(sigmas[-1]):.4g}; they must end at 0, where the picture is."
-        )
-    if getattr(latent, "is_nested", False):
-        raise ValueError(f"{NODE}: inverts one latent, and this one holds several (video with audio).")
-    if not torch.count_nonzero(latent):
-        raise ValueError(f"{NODE}: the latent is empty, there is no picture to invert; wire VAE Encode to it.")
+    with blame(Inversion):
+        number("iterations", iterations, 1, 100)
+        check_sigmas(sigmas)
+        check_latent(latent)
     guider = CFGGuider(model)
     guider.set_conds(positive, [])
     sampler = Inversion(method, iterations)

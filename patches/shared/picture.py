@@ -15,7 +15,9 @@ def check_sigmas(sigmas):
     """Raises ValueError unless `sigmas` [N + 1] fall to 0."""
     if len(sigmas) < 2:
         raise ValueError(f"there are {max(len(sigmas) - 1, 0)} steps in the sigmas; give it one at least.")
+    if not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError(
+            "the sigmas must fall with every step; choose another scheduler, fewer steps, or no FlipSigmas."
+        )
     if float(sigmas[-1]) != 0.0:
         raise ValueError(f"the sigmas end at {float(sigmas[-1]):.4g}; they must end at 0, where the picture is.")
-    if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError("the sigmas must fall with every step; choose another scheduler or fewer steps.")

@@ -172,8 +172,8 @@ def test_progress_and_previews_are_of_the_clean_estimate_and_an_interrupt_leaves
 
 
 @pytest.mark.parametrize("says, options", [
-    ("the latent is empty, there is no picture to invert", dict(latent=torch.zeros(1, 4, 16, 16))),
-    ("there are 0 steps to invert", dict(sigmas=torch.tensor([0.0]))),
+    ("the latent is empty, there is no picture in it", dict(latent=torch.zeros(1, 4, 16, 16))),
+    ("there are 0 steps in the sigmas", dict(sigmas=torch.tensor([0.0]))),
     ("the sigmas end at 1; they must end at 0", dict(sigmas=torch.tensor([4.0, 2.0, 1.0]))),
     ("the sigmas must fall with every step; .* no FlipSigmas", dict(sigmas=torch.tensor([0.0, 1.0, 2.0]))),
     ("the sigmas must fall with every step", dict(sigmas=torch.tensor([2.0, 2.0, 0.0]))),
