@@ -13,6 +13,7 @@ from ..shared.steering import STACK, Away, Other, blame, steer
 class AutoGuidance(Away):
     """D + s (D - D_weak), both of the positive conditioning; the paper's D_weak + w (D - D_weak) with w = 1 + s."""
 
+    s: float = 1.1
     weak: Other = None
     node = "SteerAutoGuidance"
 

@@ -176,7 +176,7 @@ def _features(run, call):
     for term, weight, branches in call.active if call else ():
         source = next((b for b in branches if isinstance(b, Source)), None)
         for layer, edit in run.features[term]:
-            edit = partial(edit_features, partial(edit, call=call, weight=weight), call, layer, source)
+            edit = partial(edit_features, term.node, partial(edit, call=call, weight=weight), call, layer, source)
             features.setdefault(layer, []).append(edit)
     return features
 

@@ -58,7 +58,7 @@ def predict_apart(source, call, predict, negative):
     call.predictions.update(zip(roles, out, strict=True))
 
 
-def edit_features(edit, call, layer, source, h, rows):
+def edit_features(node, edit, call, layer, source, h, rows):
     """`edit`(h, source) on the rows of every cond of the target in h [rows, C, H, W]; the source's stay."""
     parts = rows.parts()
     for unit, at in parts:
@@ -73,7 +73,7 @@ def edit_features(edit, call, layer, source, h, rows):
             content = call.source[layer, source.negative if unit.role == "negative" else source]
             if content.shape != h[at].shape:
                 raise ValueError(
-                    f"the source fills the latent, and a conditioning of the target only a part of it ({layer}: "
+                    f"{node}: the source fills the latent, and a conditioning of the target only a part of it ({layer}: "
                     f"{tuple(content.shape[2:])} and {tuple(h.shape[2:])}); take off its area."
                 )
         edited[at] = edit(h[at], content)

@@ -9,7 +9,7 @@ Four stackable wrappers of the host carry it, none of which holds state:
 
 import logging
 import uuid
-from functools import partial
+from functools import cached_property, partial
 
 from .architectures import depth, shared_blocks
 from .combine import add, after_cfg, before_cfg
@@ -160,9 +160,9 @@ class Call:
         self.combined = False
         self.cfg_function = None  # of another node, when it must be asked with changed predictions
 
-    @property
+    @cached_property
     def level(self):
-        """sigma as a float; waits for the device."""
+        """sigma as a float; waits for the device, once."""
         return float(self.sigma.max())
 
     def overridden(self, *places):

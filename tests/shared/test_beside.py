@@ -142,15 +142,15 @@ def test_a_target_that_is_the_source_attends_as_before(model):
     assert not near(toy.sample(steered, **other), toy.sample(model, **other), 1e-3)
 
 
-@pytest.mark.parametrize("case", ["plain", "much longer text", "batch", "PAG", "hook split"])
+@pytest.mark.parametrize("case", ["plain", "much longer text", "batch", "PAG", "conds apart"])
 def test_the_source_features_reach_both_halves(case, monkeypatch):
-    """With all that the last block but one puts out, and skip connections of the same picture, the target is the
-    source; in one batch, in forwards of their own, and where the host runs the conds apart."""
+    """A target that is the source stays as it is, another one is what the host's own patch makes of it; in one batch,
+    in forwards of their own, and where the host has memory for one cond at a time."""
     model = toy.model()
     batch, tokens = 2 if case == "batch" else 1, 513 if case == "much longer text" else 77
     origin = toy.text(5, tokens=tokens)
     trajectory = path(model, batch, steps=1)
-    if case == "hook split":
+    if case == "conds apart":
         monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *a, **k: 1e18)
     base = pag.apply(model, 2.0, "output.2", ALWAYS) if case == "PAG" else model
     sigmas, start = trajectory.sigmas, trajectory.latents[0]
@@ -160,7 +160,10 @@ def test_the_source_features_reach_both_halves(case, monkeypatch):
     steered, found = watched(base, trajectory, origin, blocks="middle")
     once = toy.sample(steered, positive=origin, **options)
     assert near(once, toy.sample(base, positive=origin, **options))
-    moved = toy.sample(steered, **options)
+    with toy.count_forwards(model) as count:
+        moved = toy.sample(steered, **options)
+    # texts of 513 and 77 tokens are not run together by the host either
+    assert count.calls == {"conds apart": 2, "much longer text": 3}.get(case, 1)
     assert not near(moved, toy.sample(base, **options), 1e-3)
     if case == "plain":  # the same rows, injected by the host's own patch
         kept = []
@@ -177,6 +180,15 @@ def test_the_source_features_reach_both_halves(case, monkeypatch):
         second.set_model_output_block_patch(put)
         toy.sample(first, positive=origin, **options)
         assert near(moved, toy.sample(second, **options))
+
+
+def test_features_of_a_part_of_the_picture_are_refused():
+    model = toy.model()
+    area = node_helpers.conditioning_set_values(toy.text(8), {"area": (8, 16, 0, 0), "set_area_to_bounds": False})
+    steered, _ = watched(model, path(model), blocks="middle")
+    with pytest.raises(ValueError, match=r"Watch: the source fills the latent, .* \(middle: .* take off its area"):
+        toy.sample(steered, positive=toy.POSITIVE + area)
+    assert torch.equal(toy.sample(model), toy.sample(toy.model()))
 
 
 def test_two_sources_cannot_be_beside_one_target(model):
