@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..shared.euler import ancestral, signal
+from ..shared.euler import ancestral, only_euler, signal
 from ..shared.steering import RUN, Term, number, steer
 
 SOLVERS = ("euler", "euler_ancestral", "dpmpp_2m")
@@ -32,19 +32,9 @@ class CFGPP(Term):
         return super().off or self.lam == 0.0
 
     def prepare(self, run):
-        import comfy.k_diffusion.sampling as k
-
         signal(run.sampling, 0.0)
-        function = getattr(run.sampler, "sampler_function", None)
-        churn = getattr(run.sampler, "extra_options", {}).get("s_churn", 0.0)
-        if function is not sample and (function is not k.sample_euler or churn > 0.0):
-            name = getattr(function, "__name__", type(run.sampler).__name__).removeprefix("sample_")
-            raise ValueError(
-                f"the sampler {name}{' with s_churn' if churn > 0.0 else ''} cannot take its step; use euler or ddim, "
-                f"or SteerCFGPPSampler ({', '.join(SOLVERS)}) with SamplerCustom or SamplerCustomAdvanced."
-            )
-        if not bool((run.sigmas[1:] < run.sigmas[:-1]).all()):
-            raise ValueError("the sigmas must fall with every step; choose another scheduler or fewer steps.")
+        offered = f"SteerCFGPPSampler ({', '.join(SOLVERS)}) with SamplerCustom or SamplerCustomAdvanced"
+        only_euler(run, sample, f"cannot take its step; use euler or ddim, or {offered}.")
 
     def scale(self, w, difference, call, weight):
         return self.lam

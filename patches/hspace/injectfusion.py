@@ -9,6 +9,7 @@ from ..shared.architectures import editable_layers
 from ..shared.beside import source_of
 from ..shared.conditioning import digest, refuse_hooks
 from ..shared.mask import fit
+from ..shared.slerp import slerp as arc
 from ..shared.steering import Source, Term, blame, number, steer
 
 TINY = 1e-12
@@ -22,19 +23,9 @@ def norm(h):
 def slerp(h, content, gamma):
     """Slerp(gamma; h, content |h| / |content|): on the sphere of h, a share gamma of the angle towards content.
 
-    h, content: [B, C, H, W]; angle and norm of each item are taken over all of C, H, W. Where the two are parallel, or
-    one is 0, there is no arc to walk: straight between them.
+    h, content: [B, C, H, W]; angle and norm of each item are taken over all of C, H, W.
     """
-    size = norm(h)
-    content = content * (size / norm(content).clamp(min=TINY))
-    cosine = (h * content).flatten(1).sum(1).view(-1, 1, 1, 1) / size.square().clamp(min=TINY)
-    theta = cosine.clamp(-1, 1).acos()
-    sine = theta.sin()
-    straight = sine < 1e-4
-    sine = torch.where(straight, 1.0, sine)
-    kept = torch.where(straight, 1 - gamma, ((1 - gamma) * theta).sin() / sine)
-    given = torch.where(straight, gamma, (gamma * theta).sin() / sine)
-    return kept * h + given * content
+    return arc(h, content * (norm(h) / norm(content).clamp(min=TINY)), gamma)
 
 
 MODES = {  # the paper's, then what it compares with

@@ -1,23 +1,9 @@
 """Negative-prompt inversion (Miyake et al. 2023, arXiv 2305.16807): the source's prompt in place of the negative."""
 
-import torch
-
+from ..shared.slerp import slerp
 from ..shared.steering import number
 
 NODE = "SteerNegativePromptInversion"
-
-
-def slerp(a, b, share):
-    """From a (share 0) to b (1) along the arc between them, taken as one vector each, of any norm; on a line where they
-    are parallel. Item by item of the first dimension."""
-    u, v = a.flatten(1).double(), b.flatten(1).double()
-    cosine = torch.nn.functional.cosine_similarity(u, v, dim=1).clamp(-1, 1)
-    angle = cosine.acos()[:, None]
-    flat = angle.sin() < 1e-4
-    sine = torch.where(flat, 1.0, angle.sin())
-    first = torch.where(flat, 1 - share, ((1 - share) * angle).sin() / sine)
-    second = torch.where(flat, share, (share * angle).sin() / sine)
-    return (first * u + second * v).view_as(a).to(a)
 
 
 def apply(source, negative=None, interpolation=0.0):

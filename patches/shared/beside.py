@@ -73,7 +73,7 @@ def edit_features(node, edit, call, layer, source, h, rows):
             content = call.source[layer, source.negative if unit.role == "negative" else source]
             if content.shape != h[at].shape:
                 raise ValueError(
-                    f"{node}: the source fills the latent, and a conditioning of the target only a part of it ({layer}: "
+                    f"{node}: the source fills the latent, a conditioning of the target only a part of it ({layer}: "
                     f"{tuple(content.shape[2:])} and {tuple(h.shape[2:])}); take off its area."
                 )
         edited[at] = edit(h[at], content)

@@ -2,18 +2,15 @@
 for those that take it themselves, in x = a D + s n."""
 
 
-def only_euler(run):
-    """Raises ValueError unless the run's sampler takes Euler steps down its sigmas."""
+def only_euler(run, own=None, remedy="does not take the step for which it is exact; use euler or ddim."):
+    """Raises ValueError unless the run's sampler takes Euler steps, or is the function `own`, down its sigmas."""
     import comfy.k_diffusion.sampling as k
 
     function = getattr(run.sampler, "sampler_function", None)
     churn = getattr(run.sampler, "extra_options", {}).get("s_churn", 0.0)
-    if function is not k.sample_euler or churn > 0.0:
+    if function is not own and (function is not k.sample_euler or churn > 0.0):
         name = getattr(function, "__name__", type(run.sampler).__name__).removeprefix("sample_")
-        raise ValueError(
-            f"the sampler {name}{' with s_churn' if churn > 0.0 else ''} does not take the step for which it is exact; "
-            "use euler or ddim."
-        )
+        raise ValueError(f"the sampler {name}{' with s_churn' if churn > 0.0 else ''} {remedy}")
     if not bool((run.sigmas[1:] < run.sigmas[:-1]).all()):
         raise ValueError("the sigmas must fall with every step; choose another scheduler or fewer steps.")
 
