@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.tables import head, read, write  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_guidance.md")
 PICTURE = host.ROOT / "nodes" / "help" / "guidance.jpg"
@@ -167,6 +168,13 @@ def grid(settings, across=6):
     return sheet
 
 
+INTRO = (
+    "# What guidance does on the lab\n\nEach table says by which command it was made, with euler; what the columns "
+    "mean is said at the top of `tests/bench/lab_guidance.py`. The lab proves the implementation, not the looks on "
+    "other models."
+)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
@@ -179,11 +187,11 @@ def main():
     from bench.lab_settings import TABLES
 
     size = dict(prompts=args.prompts, seeds=args.seeds, steps=args.steps)
-    made = read()
+    made, titles = read(RESULTS), [title for title, _, _ in TABLES]
     for number, (title, columns, settings) in enumerate(TABLES, 1):
         if args.tables and number not in args.tables:
             continue
-        lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines = head(columns)
         shown = []
         for name, run in settings():
             figures = run(**size)
@@ -192,26 +200,9 @@ def main():
             shown.append((name, figures))
         by = " ".join(f"--{name} {value}" for name, value in size.items())
         made[title] = "\n".join([f"`lab_guidance.py {by} --tables {number}`", "", *lines])
-        write([(title, made[title]) for title, _, _ in TABLES if title in made])
+        write(RESULTS, INTRO, titles, made)
         if number == 1:
             grid(shown).save(PICTURE, quality=85)
-
-
-def read():
-    """{title: text} of the tables in the file."""
-    if not RESULTS.is_file():
-        return {}
-    sections = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]
-    return {title: text.strip() for title, _, text in (section.partition("\n") for section in sections)}
-
-
-def write(tables):
-    head = (
-        "# What guidance does on the lab\n\nEach table says by which command it was made, with euler; what the columns "
-        "mean is said at the top of `tests/bench/lab_guidance.py`. The lab proves the implementation, not the looks on "
-        "other models.\n"
-    )
-    RESULTS.write_text(head + "".join(f"\n## {title}\n\n{text}\n" for title, text in tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.tables import head, read, write  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
 EDITED = ("hair_color", "glasses", "expression", "hat")
@@ -221,42 +222,33 @@ TABLES = (
 )
 
 
+INTRO = (
+    "# What editing does on the lab\n\nEach table says by which command it was made; what the columns mean is said "
+    f"at the top of `tests/bench/lab_inversion_edit.py`. Cfg {CFG} towards the new prompt, for all alike. The lab "
+    "proves the implementation, not the looks on other models."
+)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("portraits", 12), ("seeds", 2), ("steps", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tables", type=int, nargs="*", default=[])
     args = parser.parse_args()
+    host.enter()
     host.load_pack()
     size = dict(portraits=args.portraits, seeds=args.seeds, steps=args.steps)
     by = " ".join(f"--{name} {value}" for name, value in size.items())
-    made = read()
+    made, titles = read(RESULTS), [title for title, _, _ in TABLES]
     for number, (title, columns, rows) in enumerate(TABLES, 1):
         if args.tables and number not in args.tables:
             continue
-        lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines = head(columns)
         for name, figures in rows(**size):
             lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3g}' for column in columns)} |")
             print(lines[-1], flush=True)
         made[title] = "\n".join([f"`lab_inversion_edit.py {by} --tables {number}`", "", *lines])
-        write([(title, made[title]) for title, _, _ in TABLES if title in made])
-
-
-def read():
-    """{title: text} of the tables in the file."""
-    if not RESULTS.is_file():
-        return {}
-    sections = RESULTS.read_text(encoding="utf-8").split("\n## ")[1:]
-    return {title: text.strip() for title, _, text in (section.partition("\n") for section in sections)}
-
-
-def write(tables):
-    head = (
-        "# What editing does on the lab\n\nEach table says by which command it was made; what the columns mean is said "
-        f"at the top of `tests/bench/lab_inversion_edit.py`. Cfg {CFG} towards the new prompt, for all alike. The lab "
-        "proves the implementation, not the looks on other models.\n"
-    )
-    RESULTS.write_text(head + "".join(f"\n## {title}\n\n{text}\n" for title, text in tables), encoding="utf-8")
+        write(RESULTS, INTRO, titles, made)
 
 
 if __name__ == "__main__":
