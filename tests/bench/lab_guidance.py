@@ -15,7 +15,6 @@ and, without any prompt and without CFG,
 Writes the chosen tables into tests/bench/lab_guidance.md, and with the first one nodes/help/guidance.jpg.
 """
 
-import argparse
 import sys
 from functools import cache
 from itertools import combinations
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
-from bench.tables import head, read, write  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_guidance.md")
 PICTURE = host.ROOT / "nodes" / "help" / "guidance.jpg"
@@ -176,33 +175,18 @@ INTRO = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make anew; all by default")
-    args = parser.parse_args()
+    size, numbers = arguments(__doc__, prompts=32, seeds=4, steps=20)
     host.enter()
     host.load_pack()
     from bench.lab_settings import TABLES
 
-    size = dict(prompts=args.prompts, seeds=args.seeds, steps=args.steps)
-    made, titles = read(RESULTS), [title for title, _, _ in TABLES]
-    for number, (title, columns, settings) in enumerate(TABLES, 1):
-        if args.tables and number not in args.tables:
-            continue
-        lines = head(columns)
-        shown = []
-        for name, run in settings():
-            figures = run(**size)
-            lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3f}' for column in columns)} |")
-            print(lines[-1], flush=True)
-            shown.append((name, figures))
-        by = " ".join(f"--{name} {value}" for name, value in size.items())
-        made[title] = "\n".join([f"`lab_guidance.py {by} --tables {number}`", "", *lines])
-        write(RESULTS, INTRO, titles, made)
-        if number == 1:
-            grid(shown).save(PICTURE, quality=85)
+    def rows(settings):
+        return lambda **size: ((name, run(**size)) for name, run in settings())
+
+    tables = [(title, columns, rows(settings)) for title, columns, settings in TABLES]
+    found = make(RESULTS, INTRO, tables, size, numbers)
+    if 1 in found:
+        grid(found[1]).save(PICTURE, quality=85)
 
 
 if __name__ == "__main__":

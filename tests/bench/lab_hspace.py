@@ -1,7 +1,7 @@
 """What InjectFusion does on the lab: whose attributes a picture shows that is started from one portrait and gets the
 h-space of another.
 
-    python tests/bench/lab_hspace.py [--portraits N] [--seeds N] [--steps N]
+    python tests/bench/lab_hspace.py [--portraits 32] [--seeds 4] [--steps 20] [--tables 1 2 3]
 
 Both portraits are inverted without a prompt, as the paper's models have none, and sampled without CFG.
     content, original   share of pictures that show the value of the content portrait, or of the original, where the two
@@ -10,10 +10,9 @@ Both portraits are inverted without a prompt, as the paper's models have none, a
     FD                  Frechet distance to drawn portraits in the reader's features: lower is more real
     ID                  cosine of the reader's identity with the content's
     Gram                distance of the Gram matrices of the reader's first layers to the original's, in hundredths
-Writes tests/bench/lab_hspace.md.
+Writes the chosen tables into tests/bench/lab_hspace.md.
 """
 
-import argparse
 import contextlib
 import io
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_hspace.md")
 CONTENT, ORIGINAL = ("expression", "glasses"), ("hair_color", "shirt", "background")
@@ -113,13 +113,14 @@ def measure(x, size):
         }
 
 
-def over_seeds(portraits, seeds, steps, **options):
-    """`measure`, averaged over other pairs for each seed, and the FD of all of their pictures."""
+@cache
+def over_seeds(name, portraits, seeds, steps):
+    """`measure` of a setting, averaged over other pairs for each seed, and the FD of all of their pictures."""
     import torch
     from bench.lab_guidance import features, frechet, real
 
     sizes = [(portraits, steps, 200 * seed) for seed in range(seeds)]
-    made = [inject(size, **options) for size in sizes]
+    made = [inject(size, **SETTINGS[name]) for size in sizes]
     each = [measure(x, size) for x, size in zip(made, sizes, strict=True)]
     shares = [figures.pop("shares") for figures in each]
     mean = {name: sum(figures[name] for figures in each) / seeds for name in each[0]}
@@ -142,36 +143,37 @@ WAYS = [
     ("Slerp, gamma 0.6, output.0 too, calibration", dict(gamma=0.6, sampler=CALIBRATED, layers="middle, output.0")),
 ]
 CURVE = [(f"{gamma:g}", dict(gamma=gamma, sampler=PLAIN)) for gamma in (0.2, 0.4, 0.6, 0.8, 1.0)]
+SETTINGS = dict(WAYS + CURVE)
+
+
+def attributes(**size):
+    shares = over_seeds("Slerp, gamma 0.6", **size)["shares"]
+    for name, (content, original) in shares.items():
+        yield name, {"content": f"{100 * content:.0f} %", "original": f"{100 * original:.0f} %"}
+
+
+def named(settings):
+    return lambda **size: ((name, over_seeds(name, **size)) for name, _ in settings)
+
+
+COLUMNS = ("content", "original", "face", "FD", "ID", "Gram")
+TABLES = (
+    ("Ways to inject", COLUMNS, named(WAYS)),
+    ("Over gamma, Slerp", COLUMNS, named(CURVE)),
+    ("Whose attribute shows, Slerp, gamma 0.6", ("content", "original"), attributes),
+)
+INTRO = (
+    "# What InjectFusion does on the lab\n\nEach table says by which command it was made; what the columns mean is "
+    "said at the top of `tests/bench/lab_hspace.py`. The lab is a small latent model of 128x128 drawings, where the "
+    "paper has pixel models of photographs: orderings can be compared, numbers cannot."
+)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--portraits", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
+    size, numbers = arguments(__doc__, portraits=32, seeds=4, steps=20)
     host.enter()
     host.load_pack()
-    size, columns = (args.portraits, args.seeds, args.steps), ("content", "original", "face", "FD", "ID", "Gram")
-    lines = [
-        "# What InjectFusion does on the lab",
-        "",
-        f"Made by `python tests/bench/lab_hspace.py --portraits {args.portraits} --seeds {args.seeds} --steps "
-        f"{args.steps}`; what the columns mean is said at its top. The lab is a small latent model of 128x128 "
-        "drawings, where the paper has pixel models of photographs: orderings can be compared, numbers cannot.",
-    ]
-    seen = {}
-    for title, settings in (("Ways to inject", WAYS), ("Over gamma, Slerp", CURVE)):
-        lines += ["", f"## {title}", "", f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for name, options in settings:
-            figures = seen[name] = over_seeds(*size, **options)
-            lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3f}' for column in columns)} |")
-            print(lines[-1], flush=True)
-    lines += ["", "## Whose attribute shows, Slerp, gamma 0.6", "", "| attribute | content | original |"]
-    lines.append("|---|---|---|")
-    shares = seen["Slerp, gamma 0.6"]["shares"]
-    lines += [f"| {name} | {100 * a:.0f} % | {100 * b:.0f} % |" for name, (a, b) in shares.items()]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    make(RESULTS, INTRO, TABLES, size, numbers)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,38 @@
 """How exactly inverted portraits come back under guidance on the lab's trained models, and what each method costs.
 
-    python tests/bench/lab_inversion.py [--portraits 32] [--sets 4] [--steps 20] [--models unet,dit]
-                                          [--methods ddim,npi,...]
+    python tests/bench/lab_inversion.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3]
 
 Held-out portraits are inverted under their captions and drawn again under the same captions, at cfg 5. Per method:
     PSNR        to the portrait as the VAE renders it, in dB: mean and standard deviation over the portraits; per set
     rows        of the network per picture and step, in finding and drawing, without the inversion; one with a backward
                 pass counts 3
     kept        numbers that the method keeps per picture and step, in system memory
-Writes tests/bench/lab_inversion.md; what it says of other models stays.
+Of a run with the source beside the target, of four portraits:
+    time        as a multiple of plain CFG's
+    10 steps    MB of tensors that the run made and that live in its last step; so of 40 steps
+Writes the chosen tables into tests/bench/lab_inversion.md.
 """
 
-import argparse
 import gc
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_inversion.md")
 CFG = 5.0
 METHODS = ("ddim", "npi", "null-text", "direct", "fixed-point", "fixed-point+npi", "fixed-point+direct")
-TITLE = f"""# How inverted portraits come back on the lab
-
-With euler at cfg {CFG:g}; what the columns mean is said at the top of the command. The first four methods begin with
-DDIM inversion, as in the papers; null-text has the node's defaults."""
+INTRO = (
+    "# How inverted portraits come back on the lab\n\nEach table says by which command it was made; what the columns "
+    f"mean is said at the top of `tests/bench/lab_inversion.py`. With euler at cfg {CFG:g}. The first four methods "
+    "begin with DDIM inversion, as in the papers; null-text has the node's defaults."
+)
 
 
 class Lab:
@@ -155,44 +159,43 @@ def held(lab):
     return seen[0]
 
 
-def table(which, args):
+def reconstruction(which, portraits, sets, steps):
+    """Rows of the table of one model."""
     import torch
 
-    sets = [Lab(which, args.portraits, 5000 + 1000 * i, args.steps) for i in range(args.sets)]
-    yield f"| method | PSNR | per set | rows | kept |\n{'|---' * 5}|"
-    for method in args.methods.split(","):
-        found = [work(lab, method) for lab in sets]
+    labs = [Lab(which, portraits, 5000 + 1000 * i, steps) for i in range(sets)]
+    for method in METHODS:
+        found = [work(lab, method) for lab in labs]
         psnr = torch.cat([each for each, _, _ in found])
-        per_set = ", ".join(f"{float(each.mean()):.1f}" for each, _, _ in found)
         rows, kept = found[0][1:]
-        yield f"| {method} | {float(psnr.mean()):.1f} ± {float(psnr.std()):.1f} | {per_set} | {rows:.1f} | {kept} |"
-    few = [Lab(which, 4, 5000, steps) for steps in (10, 40)]
-    yield (
-        f"\nA run with the source beside it takes {beside(few[0]):.2f} times as long as plain CFG. Tensors that it "
-        f"made and that live in its last step: {held(few[0]) / 2**20:.2f} MB of 10 steps, "
-        f"{held(few[1]) / 2**20:.2f} MB of 40."
-    )
+        yield method, {
+            "PSNR": f"{float(psnr.mean()):.1f} ± {float(psnr.std()):.1f}",
+            "per set": ", ".join(f"{float(each.mean()):.1f}" for each, _, _ in found),
+            "rows": f"{rows:.1f}",
+            "kept": str(kept),
+        }
+
+
+def cost(**size):
+    for which in ("unet", "dit"):
+        few, many = (Lab(which, 4, 5000, steps) for steps in (10, 40))
+        memory = {f"{len(lab.sigmas) - 1} steps": held(lab) / 2**20 for lab in (few, many)}
+        yield which, {"time": beside(few), **memory}
+
+
+COLUMNS = ("PSNR", "per set", "rows", "kept")
+TABLES = (
+    ("Reconstruction, Lab-UNet", COLUMNS, partial(reconstruction, "unet")),
+    ("Reconstruction, Lab-DiT", COLUMNS, partial(reconstruction, "dit")),
+    ("The source beside the target", ("time", "10 steps", "40 steps"), cost),
+)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--portraits", type=int, default=32)
-    parser.add_argument("--sets", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--models", default="unet,dit")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    args = parser.parse_args()
+    size, numbers = arguments(__doc__, portraits=32, sets=4, steps=20)
     host.enter()
     host.load_pack()
-    title, *old = RESULTS.read_text(encoding="utf-8").split("\n## ") if RESULTS.is_file() else [TITLE]
-    sections = {section.split("\n")[0]: section.rstrip("\n") for section in old}
-    for which in args.models.split(","):
-        options = f"--portraits {args.portraits} --sets {args.sets} --steps {args.steps}"
-        sections[which] = f"{which}\n\nMade by `lab_inversion.py {options}`.\n"
-        for line in table(which, args):
-            sections[which] += f"\n{line}"
-            print(line, flush=True)
-            RESULTS.write_text("\n\n## ".join([title.rstrip("\n"), *sections.values()]) + "\n", encoding="utf-8")
+    make(RESULTS, INTRO, TABLES, size, numbers, ".2f")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How well the editing methods of the inversion room edit, and what they keep, on the lab's trained models.
 
-    python tests/bench/lab_inversion_edit.py [--portraits 12] [--seeds 2] [--steps 16] [--tables 1 2 3 4 5]
+    python tests/bench/lab_inversion_edit.py [--portraits 32] [--seeds 4] [--steps 16] [--tables 1 2 3 4 5]
 
 Held-out portraits, each with one factor changed in its caption (hair colour, glasses, expression, hat in turn), so the
 truth, the same person with that change, can be drawn. Per setting, over portraits and seeds:
@@ -13,7 +13,6 @@ Reconstructions, with the source's own caption:
 Writes tests/bench/lab_inversion_edit.md.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
-from bench.tables import head, read, write  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
 EDITED = ("hair_color", "glasses", "expression", "hat")
@@ -230,25 +229,10 @@ INTRO = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("portraits", 12), ("seeds", 2), ("steps", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tables", type=int, nargs="*", default=[])
-    args = parser.parse_args()
+    size, numbers = arguments(__doc__, portraits=32, seeds=4, steps=16)
     host.enter()
     host.load_pack()
-    size = dict(portraits=args.portraits, seeds=args.seeds, steps=args.steps)
-    by = " ".join(f"--{name} {value}" for name, value in size.items())
-    made, titles = read(RESULTS), [title for title, _, _ in TABLES]
-    for number, (title, columns, rows) in enumerate(TABLES, 1):
-        if args.tables and number not in args.tables:
-            continue
-        lines = head(columns)
-        for name, figures in rows(**size):
-            lines.append(f"| {name} | {' | '.join(f'{figures[column]:.3g}' for column in columns)} |")
-            print(lines[-1], flush=True)
-        made[title] = "\n".join([f"`lab_inversion_edit.py {by} --tables {number}`", "", *lines])
-        write(RESULTS, INTRO, titles, made)
+    make(RESULTS, INTRO, TABLES, size, numbers, ".3g")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Masks on the lab's trained models: does DiffEdit find what changes, and does Keep Region keep the rest?
 
-    python tests/bench/lab_masks.py [--portraits 16] [--sets 2] [--steps 20]
+    python tests/bench/lab_masks.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2]
 
 Held-out portraits without hats; one factor of each is changed in the caption.
     IoU         of DiffEdit's mask with the truth: the drawn region, or where the two drawn portraits differ; mean and
@@ -9,10 +9,9 @@ Held-out portraits without hats; one factor of each is changed in the caption.
                 the mask, without and with Keep Region, from the inverted noise at cfg 5; mean and lowest. The mask is
                 the drawn region, which a changed colour leaves where it was
     edited      share of pictures in which the reader sees the change
-Writes tests/bench/lab_masks.md.
+Writes the chosen tables into tests/bench/lab_masks.md.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_name("lab_masks.md")
 CFG = 5.0
@@ -113,45 +113,47 @@ def kept(which, edit, portraits, first, steps):
     return figures
 
 
-def main():
+def joined(measure, sets):
+    """Figures of all sets, side by side."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--portraits", type=int, default=16)
-    parser.add_argument("--sets", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
-    host.enter()
-    host.load_pack()
-    firsts = [7000 + 1000 * n for n in range(args.sets)]
-    lines = [
-        "# Masks on the lab",
-        "",
-        f"Made by `lab_masks.py --portraits {args.portraits} --sets {args.sets} --steps {args.steps}`; what the "
-        "columns mean is said at its top.",
-    ]
+    return [torch.cat(parts) for parts in zip(*(measure(7000 + 1000 * n) for n in range(sets)), strict=True)]
 
-    def say(line):
-        lines.append(line)
-        print(line, flush=True)
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def joined(measure):
-        """Figures of all sets, side by side."""
-        return [torch.cat(parts) for parts in zip(*map(measure, firsts), strict=True)]
-
-    say("\n## DiffEdit Mask\n\n| what changes | model | IoU | lowest | best on cells |\n|---|---|---|---|---|")
+def masks(portraits, sets, steps):
     for edit in EDITS:
         for which in ("unet", "dit"):
-            ours, best = joined(partial(found, which, edit, args.portraits))
-            say(f"| {edit} | {which} | {ours.mean():.2f} | {ours.min():.2f} | {best.mean():.2f} |")
-    say("\n## Keep Region\n\n| what changes | model | node | kept | lowest | edited |\n|---|---|---|---|---|---|")
+            ours, best = joined(partial(found, which, edit, portraits), sets)
+            yield f"{edit}, {which}", {"IoU": ours.mean(), "lowest": ours.min(), "best on cells": best.mean()}
+
+
+def regions(portraits, sets, steps):
+    import torch
+
     for edit in ("hair colour", "background colour"):
         for which in ("unet", "dit"):
-            sets = [kept(which, edit, args.portraits, first, args.steps) for first in firsts]
+            each = [kept(which, edit, portraits, 7000 + 1000 * n, steps) for n in range(sets)]
             for name in ("without", "with"):
-                psnr, shows = (torch.cat(parts) for parts in zip(*(each[name] for each in sets), strict=True))
-                say(f"| {edit} | {which} | {name} | {psnr.mean():.1f} | {psnr.min():.1f} | {shows.mean():.2f} |")
+                psnr, shows = (torch.cat(parts) for parts in zip(*(figures[name] for figures in each), strict=True))
+                cells = {"kept": psnr.mean(), "lowest": psnr.min(), "edited": shows.mean()}
+                yield f"{edit}, {which}, {name}", cells
+
+
+TABLES = (
+    ("DiffEdit Mask", ("IoU", "lowest", "best on cells"), masks),
+    ("Keep Region", ("kept", "lowest", "edited"), regions),
+)
+INTRO = (
+    "# Masks on the lab\n\nEach table says by which command it was made; what the columns mean is said at the top of "
+    "`tests/bench/lab_masks.py`."
+)
+
+
+def main():
+    size, numbers = arguments(__doc__, portraits=32, sets=4, steps=20)
+    host.enter()
+    host.load_pack()
+    make(RESULTS, INTRO, TABLES, size, numbers, ".2f")
 
 
 if __name__ == "__main__":

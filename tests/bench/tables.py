@@ -1,8 +1,41 @@
-"""Tables of figures in a Markdown file, of which single ones can be made anew."""
+"""Tables of figures in a Markdown file, of which single ones can be made anew, also by two commands side by side."""
+
+import argparse
+import os
 
 
-def head(columns):
-    return [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+def arguments(doc, **defaults):
+    """({size: whole number}, numbers of the tables to make) of a bench's command line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make anew; all by default")
+    size = vars(parser.parse_args())
+    return size, size.pop("tables")
+
+
+def make(path, intro, tables, size, numbers=None, form=".3f"):
+    """Makes those `numbers` from 1 of `tables`, all by default, and puts them into the file one after another.
+
+    tables: [(title, columns, rows)], where rows(**size) yields (name, {column: number or text}).
+    Returns {number: what rows yielded}.
+    """
+    titles, found = [title for title, _, _ in tables], {}
+    sizes = " ".join(f"--{name} {value}" for name, value in size.items())
+    for number, (title, columns, rows) in enumerate(tables, 1):
+        if numbers and number not in numbers:
+            continue
+        found[number] = []
+        lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for name, figures in rows(**size):
+            cells = (figures[column] for column in columns)
+            cells = (cell if isinstance(cell, str) else f"{cell:{form}}" for cell in cells)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+            found[number].append((name, figures))
+        by = f"`{path.stem}.py {sizes} --tables {number}`"
+        write(path, intro, titles, {title: "\n".join([by, "", *lines])})
+    return found
 
 
 def read(path):
@@ -14,6 +47,9 @@ def read(path):
 
 
 def write(path, intro, titles, made):
-    """Those of `titles` that are in `made`, {title: text}, in this order."""
+    """Puts `made`, {title: text}, beside those of `titles` that the file holds by now, in their order."""
+    made = {**read(path), **made}
     sections = (f"\n## {title}\n\n{made[title]}\n" for title in titles if title in made)
-    path.write_text(f"{intro}\n" + "".join(sections), encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}")  # nobody reads half a file
+    part.write_text(f"{intro}\n" + "".join(sections), encoding="utf-8")
+    os.replace(part, path)
