@@ -4,6 +4,8 @@ from ..shared.architectures import depth, shared_blocks
 from ..shared.steering import SHARE, Other, Weak, blame, in_order, overrides
 
 PLACES = {
+    "attention": "edits attention",
+    "features": "edits features",
     "level": "sets the cfg of each step",
     "instead": "takes steps without the network",
     "observe": "watches the predictions",
@@ -67,7 +69,7 @@ def forwards(active, branches, cfg):
     rows += sorted(str(branch) for branch in needed if not isinstance(branch, Other))
     text = f"{len(rows)} rows in 1 call ({', '.join(rows)})"
     apart = sorted(str(branch) for branch in needed if isinstance(branch, Other))
-    apart += [f"a second look for {term.node}" for term in active if overrides(term, "taps")]
+    apart += [f"a second look for {term.node}" for term in active if term.again]
     return text + "".join(f", and 1 row in a call of its own ({name})" for name in apart)
 
 

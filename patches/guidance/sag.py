@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.architectures import adapter_of, unet
+from ..shared.attention import Attention
 from ..shared.euler import signal
 from ..shared.layers import Layer
 from ..shared.steering import Term, number, steer
@@ -26,6 +27,7 @@ class SAG(Term):
     s: float = 0.5
     sigma: float = 2.0
     node = "SteerSAG"
+    again = True
 
     def check(self):
         number("scale", self.s)
@@ -35,7 +37,7 @@ class SAG(Term):
     def off(self):
         return super().off or self.s == 0.0 or self.sigma == 0.0
 
-    def taps(self, model):
+    def attention(self, model):
         adapter = adapter_of(model.model)
         layers = {block.layer for block in adapter.blocks(model.get_model_object("diffusion_model")) if block.attends}
         if adapter is not unet or MIDDLE not in layers:
@@ -43,14 +45,14 @@ class SAG(Term):
                 f"is defined by the self-attention of a UNet's middle block, which {type(model.model).__name__} does "
                 "not have; use SteerPAG, SteerSEG or SteerSLG."
             )
-        return [(role, (MIDDLE,), self.look) for role in ("positive", "negative")]
+        return (Attention("self", (MIDDLE,), self.look),)
 
-    def look(self, attention, call, role):
+    def look(self, target, beside, attend, call, weight, role):
         """Keeps where the middle block looks, [B, 1, H, W]; a part of the picture (an area) does not show the whole."""
-        if attention.shape[2:] == call.x.shape[2:]:
-            seen = received(attention).view(-1, 1, *attention.grid()[1:])
+        if role in ("positive", "negative") and target.shape[2:] == call.x.shape[2:]:
+            seen = received(target).view(-1, 1, *target.grid()[1:])
             call.seen.setdefault(self, {}).setdefault(role, []).append(seen)
-        return attention
+        return attend(target)
 
     def add(self, call, extra, weight):
         role = "negative" if "negative" in call.predictions else "positive"

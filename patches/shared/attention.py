@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -16,8 +17,11 @@ class AttnCall:
     q: [B, N, heads * d]; k, v: [B, M, heads * d].
     mask: additive or boolean, broadcastable to [B, heads, N, M], or None.
     kind: "self", "cross" or "joint" (text and image in one sequence).
-    text, image: (first, last) token of the sequence that holds text and image; last None for its end.
+    text, image: (first, last) token of the sequence that holds text and image; last None for its end. Of "cross", text
+        is where the keys are, image where the queries are.
     shape: of the latent that this forward works on, [B, C, (T,) H, W].
+    depth: number of the transformer in its layer.
+    precision: dtype in which the host multiplies q and k; None for their own.
     """
 
     q: torch.Tensor
@@ -30,10 +34,17 @@ class AttnCall:
     text: tuple[int, int | None] = (0, 0)
     image: tuple[int, int | None] = (0, None)
     shape: tuple[int, ...] = ()
+    depth: int = 0
+    precision: torch.dtype | None = None
+
+    @property
+    def places(self):
+        """Number of image tokens."""
+        return len(range(self.q.shape[1])[slice(*self.image)])
 
     def grid(self):
         """(T, H, W) of the image tokens; ValueError where they do not lie on a grid."""
-        tokens = len(range(self.q.shape[1])[slice(*self.image)])
+        tokens = self.places
         t, h, w = (1, 1, *self.shape[2:])[-3:] if len(self.shape) > 3 else (0, 0, 0)
         while h * w * t > tokens and (h > 1 or w > 1):
             h, w = (h + 1) // 2, (w + 1) // 2  # as strided convolutions and patches leave them
@@ -56,29 +67,67 @@ def cut_mask(mask, first, last, rows):
     return mask[first:last] if mask is not None and mask.ndim > 2 and mask.shape[0] == rows else mask
 
 
-Edit = Callable[[AttnCall], AttnCall | torch.Tensor]
+def plain(call):
+    """The host's attention without anything that other nodes put in its place, [B, N, heads * d]."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    return optimized_attention(call.q, call.k, call.v, call.heads, call.mask, attn_precision=call.precision)
 
 
-def chunked(edits):
-    """Consecutive equal entries of `edits` as (edit, slice of them)."""
+Edit = Callable[[AttnCall], AttnCall | torch.Tensor]  # of a weak branch: a changed call, or the output itself
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An edit of the attention in some layers, which a term makes to rows of the target.
+
+    edit(target, beside, attend, call=, weight=, role=) -> output [b, N, heads * d]
+        target: the AttnCall of the rows of one cond, whose prediction is `role`.
+        beside: the AttnCalls of the roles named below, as many rows each, before any edit.
+        attend: AttnCall -> output: what the edits after this one, then other nodes, then the host make of a call. It
+            may be asked several times; `plain` serves for what is added to the picture's own attention.
+    kind: "self" or "cross"; where text and image share one attention, both mean that one.
+    sets: what it replaces ("queries", "keys", "values", "map"): two nodes that replace the same, in one layer at one
+        time, are refused.
+    beside: branches of the term. A `Source` stands for its rows beside those that are edited.
+    negative: whether rows under other texts than the positive are edited too.
+    """
+
+    kind: str
+    layers: tuple[Layer, ...]
+    edit: Callable
+    sets: tuple[str, ...] = ()
+    beside: tuple = ()
+    negative: bool = True
+
+
+def perturb(edit, target, attend):
+    """The `Edit` of a weak branch as the last before the host."""
+    out = edit(target)
+    return attend(out) if isinstance(out, AttnCall) else out
+
+
+def chunked(plans):
+    """Consecutive equal entries of `plans` as (plan, slice of them)."""
     first = 0
-    for edit, run in groupby(edits):
+    for plan, run in groupby(plans):
         last = first + len(list(run))
-        yield edit, slice(first, last)
+        yield plan, slice(first, last)
         first = last
 
 
-def attend(call, edits, attention):
-    """Runs `call`, each chunk of the batch through its own edit.
+def attend(call, plans, attention):
+    """Runs `call`, each chunk of the batch through its own edits.
 
-    edits: one entry per chunk of the batch (equal, consecutive chunks): an edit, or None for plain attention.
-    attention: (AttnCall, chunks) -> output [b, N, heads * d] for the chunks named by that slice.
-    An edit returns a changed call, which then is attended, or the output itself, which costs no attention.
+    plans: one entry per chunk of the batch (equal, consecutive chunks): a tuple of edits, each (target, attend=) ->
+        output, the first of which comes first; empty for plain attention.
+    attention: (AttnCall, chunks=) -> output [b, N, heads * d] for the chunks named by that slice.
     """
-    size = call.q.shape[0] // len(edits)
+    size = call.q.shape[0] // len(plans)
     outputs = []
-    for edit, chunks in chunked(edits):
-        part = call.rows(chunks.start * size, chunks.stop * size)
-        out = part if edit is None else edit(part)
-        outputs.append(attention(out, chunks) if isinstance(out, AttnCall) else out)
+    for plan, chunks in chunked(plans):
+        run = partial(attention, chunks=chunks)
+        for edit in reversed(plan):
+            run = partial(edit, attend=run)
+        outputs.append(run(call.rows(chunks.start * size, chunks.stop * size)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

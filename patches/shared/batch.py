@@ -5,11 +5,13 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 from .architectures import adapter_of, hold, needs_hooks
+from .attention import perturb
 from .beside import BESIDE, edit_features, run_beside
 from .control import Shared, residuals, whole
-from .rows import Rows, Unit
+from .rows import Edited, Rows, Unit
 from .run import weak_uuid
 from .steering import CALL, IDLE, ROLES, RUN, Other, Source, Text, Weak, with_roles
 
@@ -73,10 +75,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     units = _units(run, call, options, size)
     edits, skips = _edits(run, call, units)
     features = _features(run, call)
+    keeps = _keeps(call, units)
     rows, held, added = None, nullcontext(), control
     if edits or skips or features or any(unit.joins for unit in units):
         options = dict(options)
-        rows = Rows(options, units, x.shape, edits, skips, features)
+        rows = Rows(options, units, x.shape, edits, skips, features, keeps, call and call.source)
         adapter = adapter_of(run.model.model)
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
@@ -151,23 +154,57 @@ def _single_rows(run, units, size, positive):
 
 
 def _edits(run, call, units):
-    """{layer: {role: edit}} and {layer: {roles that leave it out}} for what is in this batch."""
+    """{(layer, kind): {role: [Edited]}} and {layer: {roles that leave it out}} for what is in this batch."""
     edits, skips = {}, {}
     roles = dict.fromkeys(unit.role for unit in units)
+    sources = {half for b in (call.branches if call else ()) if isinstance(b, Source) for half in (b, b.negative)}
+    targets = [role for role in roles if role != IDLE and role not in sources]
+    for term, weight, _ in call.active if call else ():
+        for a in run.attention[term]:
+            for place in product(a.layers, (a.kind,)):
+                at = edits.setdefault(place, {})
+                for role in targets:
+                    if role in a.beside or not (a.negative or role == "positive" or isinstance(role, Weak)):
+                        continue
+                    near = tuple(b.beside(role) if isinstance(b, Source) else b for b in a.beside)
+                    edit = partial(_edited, term.node, a.edit, call=call, weight=weight, role=role)
+                    at.setdefault(role, []).append(Edited(edit, near))
     for role in roles:
-        if isinstance(role, Weak):
+        if isinstance(role, Weak):  # what perturbs is the last before the host
             for layer in role.layers:
                 if role.edit is None:
                     skips.setdefault(layer, set()).add(role)
                 else:
-                    edits.setdefault(layer, {})[role] = role.edit
-    for term, _, _ in call.active if call else ():
-        for looked, layers, look in run.taps[term]:
-            look = partial(look, call=call, role=looked)
-            for role in roles.keys() & (set(looked) if isinstance(looked, tuple) else {looked}):
-                for layer in layers:
-                    edits.setdefault(layer, {})[role] = look
+                    at = edits.setdefault((layer, "self"), {})
+                    at.setdefault(role, []).append(Edited(partial(perturb, role.edit)))
     return edits, skips
+
+
+def _edited(node, edit, target, beside, **options):
+    """`edit`, where it finds beside its rows what it asked for."""
+    for other in beside:
+        if other is None:
+            raise ValueError(
+                f"{node}: what it takes attention from is not in this forward; another node (context windows, regions) "
+                "runs the conditionings in parts, or there is no memory for all of them at once."
+            )
+        if other.places != target.places:
+            raise ValueError(
+                f"{node}: the source fills the latent, a conditioning of the target only a part of it ({target.layer}: "
+                f"{other.places} and {target.places} tokens); take off its area."
+            )
+    return edit(target, beside, **options)
+
+
+def _keeps(call, units):
+    """Roles of the source whose attention forwards that follow in this evaluation will ask for."""
+    source = call and next((b for b in call.branches if isinstance(b, Source)), None)
+    if source is None:
+        return ()
+    roles = {unit.role for unit in units}
+    apart = "positive" not in roles  # the source by itself
+    rest = any(isinstance(b, (Weak, Text)) and b not in roles for b in call.branches)
+    return {source, source.negative} if apart or rest else ()
 
 
 def _features(run, call):

@@ -69,8 +69,8 @@ def edit_features(node, edit, call, layer, source, h, rows):
         if unit.role == IDLE or isinstance(unit.role, Source) or source is not None and unit.role == source.negative:
             continue
         content = None
-        if source is not None:  # a branch that differs in something else has the content of the positive
-            content = call.source[layer, source.negative if unit.role == "negative" else source]
+        if source is not None:
+            content = call.source[layer, source.beside(unit.role)]
             if content.shape != h[at].shape:
                 raise ValueError(
                     f"{node}: the source fills the latent, a conditioning of the target only a part of it ({layer}: "

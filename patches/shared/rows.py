@@ -8,12 +8,17 @@ and so everything outside the blocks, see all rows.
 
 import inspect
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from .layers import Layer
+
+KINDS = {"joint": ("self", "cross")}  # kinds of edits that act on an attention
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,14 @@ class Block:
     attends: bool = True
     skippable: bool = True
     arguments: tuple[str, ...] = ()
+
+
+class Edited(NamedTuple):
+    """An edit of the attention of one role: edit(target, attend=), and, where `beside` is not None, beside=, the
+    AttnCalls of these roles."""
+
+    edit: Callable
+    beside: tuple | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,14 @@ class Rows:
     """The rows of one forward: which are in it right now, and what is done to their attention.
 
     units: the whole batch, in order.  shape: of the latent in it.
-    edits: {Layer: {role: edit}}.  skips: {Layer: {role}}, blocks that these roles leave out.
+    edits: {(Layer, kind): {role: [Edited]}} of attention.  skips: {Layer: {role}}, blocks that these roles leave out.
     features: {Layer: [edit]} of what blocks put out, edit(h, rows) -> h.
+    kept: where attention of the roles `keeps` is left for forwards that follow, {(Layer, kind, depth, role): AttnCall}.
     """
 
-    def __init__(self, options, units, shape, edits, skips, features=None):
+    def __init__(self, options, units, shape, edits, skips, features=None, keeps=(), kept=None):
         self.units, self.shape, self.edits, self.skips = units, tuple(shape), edits, skips
-        self.features = features or {}
+        self.features, self.keeps, self.kept = features or {}, keeps, kept
         self.size = size = shape[0] // len(units)  # rows per unit
         self.joins = sorted({0, *(unit.joins for unit in units)})
         everyone = tuple(range(len(units)))
@@ -66,6 +80,7 @@ class Rows:
         self.counts = {len(stage) * size: stage for stage in (*self.stages, everyone)}
         self.present = everyone
         self.layer = None  # of the block that runs
+        self.turn = 0  # attentions that it has run
         self.streams = {}  # its hidden states, by name
         self.pushed = {}  # index of a UNet input block -> rows of its skip connection
         # the host copies the options, not these lists: all copies follow
@@ -76,10 +91,30 @@ class Rows:
         self.fresh = False
         self.cache, self.indexed = {}, {}
 
-    def chunks(self, layer):
-        """One attention edit, or None, per unit in the forward."""
-        edits = self.edits.get(layer, {})
-        return [edits.get(self.units[u].role) for u in self.present]
+    def edited(self, layer, kind):
+        """[{role: [Edited]}] of the attention of that kind in this layer."""
+        return [self.edits[layer, k] for k in KINDS.get(kind, (kind,)) if (layer, k) in self.edits]
+
+    def plans(self, call):
+        """The edits of each unit in the forward, as `attention.attend` takes them, for the AttnCall of all of them."""
+        found, place = self.edited(call.layer, call.kind), (call.layer, call.kind, call.depth)
+        at = {}
+        for unit, rows in self.parts():
+            at.setdefault(unit.role, rows)
+        for role in at.keys() & self.keeps:
+            self.kept[(*place, role)] = call.rows(at[role].start, at[role].stop)
+
+        def beside(role):
+            rows = at.get(role)
+            return self.kept.get((*place, role)) if rows is None else call.rows(rows.start, rows.stop)
+
+        def plan(role):
+            edits = [edited for roles in found for edited in roles.get(role, ())]
+            return tuple(
+                edit if roles is None else partial(edit, beside=tuple(map(beside, roles))) for edit, roles in edits
+            )
+
+        return [plan(unit.role) for unit, _ in self.parts()]
 
     def parts(self):
         """(unit, its rows as a slice) of those in the forward."""
@@ -94,7 +129,7 @@ class Rows:
         elif self.fresh:  # what was resized last is hidden states, which nobody needs any more
             self.cache.clear()
             self.fresh = False
-        self.layer = block and block.layer
+        self.layer, self.turn = block and block.layer, 0
         if block and block.layer.group == "input":
             self.pushed[block.layer.index] = stage
 

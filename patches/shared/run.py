@@ -10,9 +10,11 @@ Four stackable wrappers of the host carry it, none of which holds state:
 import logging
 import uuid
 from functools import cached_property, partial
+from itertools import combinations
 
-from .architectures import depth, shared_blocks
+from .architectures import depth, one_attention, shared_blocks
 from .combine import add, after_cfg, before_cfg
+from .layers import listing
 from .other import Model
 from .stats import Stats
 from .steering import (
@@ -76,7 +78,8 @@ class Run:
                 window = term.schedule.resolve(self.sampling)
                 self.terms.append((term, window, tuple(term.branches(self.model))))
                 self._warn(term, window)
-        self.taps = {term: tuple(term.taps(self.model)) for term, _, _ in self.terms}
+        self.attention = {term: tuple(term.attention(self.model)) for term, _, _ in self.terms}
+        self._conflicts()
         self.features = {term: tuple(term.features(self.model)) for term, _, _ in self.terms}
         branches = dict.fromkeys(branch for _, _, needed in self.terms for branch in needed)
         sources = {branch for branch in branches if isinstance(branch, Source)}
@@ -107,6 +110,22 @@ class Run:
                 raise ValueError(f"the model carries it twice at the same time; {remedy}")
             if overrides(term, "scale") and overrides(other, "scale"):
                 raise ValueError(f"sets the guidance weight, and so does {other.node}; {remedy}")
+
+    def _conflicts(self):
+        """Raises where two terms replace the same part of one attention at one time."""
+        edits = [(term, a) for term in self.attention for a in self.attention[term]]
+        for (term, a), (other, b) in combinations(edits, 2):
+            if term is other or not term.schedule.overlaps(other.schedule):
+                continue
+            if a.kind != b.kind and not one_attention(self.model):
+                continue
+            layers, what = set(a.layers) & set(b.layers), set(a.sets) & set(b.sets)
+            if layers and what:
+                raise ValueError(
+                    f"{term.node} and {other.node} both replace the {' and '.join(sorted(what))} of the attention in "
+                    f"{listing([layer for layer in a.layers if layer in layers])}; give them other layers, or windows "
+                    "(start_percent, end_percent) that do not overlap."
+                )
 
     def _warn(self, term, window):
         """Says so when the term can have no effect in this run."""
@@ -151,8 +170,8 @@ class Call:
         self.branches = tuple(dict.fromkeys(branch for _, _, branches in active for branch in branches))
         self.conds = run.guider.conds
         self.predictions = {}  # "positive", "negative" or branch -> D, as the network gave it
-        self.seen = {}  # term -> what its taps saw
-        self.source = {}  # (layer, role) -> features of the source
+        self.seen = {}  # term -> what it saw of attention
+        self.source = {}  # (layer, role) -> features of the source; (layer, kind, depth, role) -> its attention
         self.index = 0  # of the positive among the guider's conds, as other packs' patches know it
         self.options = None  # model_options of this evaluation
         self.joined = False
@@ -222,8 +241,8 @@ def predict_noise(executor, x, timestep, model_options, seed=None):
     weighed = [
         (term, 0.0 if plain and term.edits else window.weight(sigma), branches) for term, window, branches in run.terms
     ]
-    # a term that looks at attention must find all rows of the negative, or none
-    keeps = (term.needs_negative or overrides(term, "taps") for term, weight, _ in weighed if weight)
+    # a term that edits attention must find all rows of the negative, or none
+    keeps = (term.needs_negative or overrides(term, "attention") for term, weight, _ in weighed if weight)
     run.needs_negative = any(keeps)
     guider, cfg = run.guider, getattr(run.guider, "cfg", None)
     try:

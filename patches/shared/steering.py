@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .attention import Edit
+from .attention import Attention, Edit
 from .layers import Layer
 from .schedule import Schedule
 
@@ -100,6 +100,11 @@ class Source:
         """Role of the rows beside those of the role `target`."""
         return {"positive": self, "negative": self.negative}.get(target, IDLE)
 
+    def beside(self, target):
+        """Role of the rows whose content belongs to those of the role `target`: a branch that differs in something else
+        has the content of the positive."""
+        return self.negative if target == "negative" else self
+
 
 @dataclass(frozen=True)
 class Term:
@@ -115,6 +120,7 @@ class Term:
     rank: ClassVar[int] = 0  # lower ranks come first in each place
     needs_negative: ClassVar[bool] = False  # also where the sampler's cfg is 1
     exclusive: ClassVar[bool] = False  # two of it at the same time have no meaning
+    again: ClassVar[bool] = False  # asks the network once more, when the predictions are there
     edits: ClassVar[bool] = False  # changes what the network says of positive and negative; see PLAIN
 
     @property
@@ -132,10 +138,8 @@ class Term:
         """The `Weak`, `Text`, `Other`, `Source` predictions it needs while it is active, on this ModelPatcher."""
         return ()
 
-    def taps(self, model):
-        """Self-attention to look at while the network runs: [(role, layers, look)],
-        look(AttnCall, call=, role=) -> AttnCall. A tuple of roles is looked at together where they lie side by side:
-        (source, "positive") are the rows of a picture and of what is made of it, in this order."""
+    def attention(self, model) -> tuple[Attention, ...]:
+        """Edits of attention while the network runs, on this ModelPatcher."""
         return ()
 
     def features(self, model):
@@ -229,7 +233,7 @@ def steer(model, term):
     if not term.off:
         with blame(term):
             term.branches(model)
-            term.taps(model)
+            term.attention(model)
             term.features(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
         install(model)

@@ -10,6 +10,7 @@ Writes tests/bench/shared_rows.md.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -111,8 +112,9 @@ def measure(network, forward, shape, layer, cfg):
     from comfy.ldm.modules.attention import attention_pytorch
     from steer.patches.guidance.pag import identity_attention
     from steer.patches.shared.architectures import ADAPTERS, depth, hold
+    from steer.patches.shared.attention import perturb
     from steer.patches.shared.layers import Layer
-    from steer.patches.shared.rows import Rows, Unit
+    from steer.patches.shared.rows import Edited, Rows, Unit
     from steer.patches.shared.steering import Weak
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,7 +128,8 @@ def measure(network, forward, shape, layer, cfg):
         units = [Unit(role, 0, uuid.uuid4(), *((0, joins) if role is weak else (n, 0))) for n, role in enumerate(roles)]
         # the host's own choice asks for free memory, which meta tensors do not have
         options = {"optimized_attention_override": lambda function, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-        edits = {layer: {weak: identity_attention} for layer in weak.layers} if weak in roles else {}
+        edit = Edited(partial(perturb, identity_attention))
+        edits = {(layer, "self"): {weak: [edit]} for layer in weak.layers} if weak in roles else {}
         rows = Rows(options, units, (len(units), *shape), edits, {})
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             handle = look and blocks[first].module.register_forward_pre_hook(lambda *_: look(counter.get_total_flops()))

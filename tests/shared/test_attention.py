@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from steer.patches.shared.attention import AttnCall, attend
+from steer.patches.shared.attention import AttnCall, attend, perturb
 from steer.patches.shared.layers import Layer
 
 
@@ -20,10 +22,10 @@ def attention(call, chunks):
 seen = []
 
 
-def test_each_chunk_goes_through_its_own_edit():
+def test_each_chunk_goes_through_its_own_edits():
     seen.clear()
     c = call()
-    out = attend(c, [None, lambda c: c.v, None], attention)
+    out = attend(c, [(), (partial(perturb, lambda c: c.v),), ()], attention)
     plain = c.q + c.k
     assert torch.equal(out, torch.cat([plain[:2], c.v[2:4], plain[4:]]))
     assert seen == [(0, 1), (2, 3)]  # the edited rows cost no attention
@@ -32,9 +34,24 @@ def test_each_chunk_goes_through_its_own_edit():
 def test_a_changed_call_is_attended():
     seen.clear()
     c = call()
-    same = lambda c: AttnCall(c.q * 0, c.k, c.v, c.heads, c.layer)  # noqa: E731
+    same = (partial(perturb, lambda c: replace(c, q=c.q * 0)),)
     out = attend(c, [same, same], attention)
     assert torch.equal(out, c.k) and seen == [(0, 2)]
+
+
+def test_edits_go_through_those_that_follow():
+    """The first may ask several times for what the others make of a call."""
+    seen.clear()
+    c = call()
+
+    def twice(target, attend):
+        return attend(target) + attend(replace(target, k=target.v))
+
+    def shifted(target, attend):
+        return attend(replace(target, q=target.q + 1))
+
+    out = attend(c, [(twice, shifted)], attention)
+    assert torch.equal(out, (c.q + 1 + c.k) + (c.q + 1 + c.v)) and seen == [(0, 1)] * 2
 
 
 def test_mask_is_cut_with_the_rows():

@@ -8,7 +8,9 @@ import pytest
 import torch
 import toy
 from steer.patches.guidance import pag
-from steer.patches.shared.architectures import editable_layers, self_attention_layers
+from steer.patches.shared import beside
+from steer.patches.shared.architectures import editable_layers, self_attention_layers, unet
+from steer.patches.shared.attention import Attention
 from steer.patches.shared.beside import source_of
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.steering import SHARE, Source, Term, steer
@@ -42,16 +44,16 @@ class Watch(Term):
     def branches(self, model):
         return (self.source,)
 
-    def taps(self, model):
+    def attention(self, model):
         if not self.layers:
             return ()
-        return [(pair, self_attention_layers(model, self.layers, {}), self.look)
-                for pair in ((self.source, "positive"), (self.source.negative, "negative"))]
+        layers = self_attention_layers(model, self.layers, {})
+        return (Attention("self", layers, self.look, ("keys", "values"), (self.source,)),)
 
-    def look(self, attention, call, role):
-        n = attention.q.shape[0] // 2
-        k, v = (torch.cat((t[:n], t[:n])) for t in (attention.k, attention.v))
-        return replace(attention, k=k, v=v)
+    def look(self, target, beside, attend, call, weight, role):
+        (source,) = beside
+        k, v = (image_of(source, s, target, t) for s, t in ((source.k, target.k), (source.v, target.v)))
+        return attend(replace(target, k=k, v=v))
 
     def features(self, model):
         return [(layer, self.swap) for layer in editable_layers(model, self.blocks)] if self.blocks else ()
@@ -61,6 +63,20 @@ class Watch(Term):
 
     def add(self, call, extra, weight):
         self.found.setdefault(call.level, {k: v.clone() for k, v in call.predictions.items()})
+
+
+def image_of(source, s, target, t):
+    """t with the image tokens of s."""
+    out = t.clone()
+    out[:, slice(*target.image)] = s[:, slice(*source.image)]
+    return out
+
+
+def one_step(trajectory):
+    """Options for a step of one's own from where the trajectory begins."""
+    sampler = comfy.samplers.ksampler("euler")
+    sampler.max_denoise = lambda *_: False
+    return dict(sigmas=trajectory.sigmas, start=trajectory.latents[0] / trajectory.sigmas[0], sampler=sampler)
 
 
 def watched(model, trajectory, conditioning=ORIGIN, **kwargs):
@@ -131,15 +147,62 @@ def test_one_forward_of_twice_the_rows(model):
 def test_a_target_that_is_the_source_attends_as_before(model):
     """At the source's latents with the source's prompt, its keys and values are one's own."""
     trajectory = path(model, steps=1)
-    sigmas, start = trajectory.sigmas, trajectory.latents[0]
-    sampler = comfy.samplers.ksampler("euler")
-    sampler.max_denoise = lambda *_: False
-    options = dict(positive=ORIGIN, sigmas=sigmas, start=start / sigmas[0], sampler=sampler)
+    options = dict(positive=ORIGIN, **one_step(trajectory))
     attentive = "middle" if "UNet" in str(type(model.model.diffusion_model)) else "single, double"
     steered, _ = watched(model, trajectory, layers=attentive)
     assert near(toy.sample(steered, **options), toy.sample(model, **options))
     other = {**options, "positive": toy.POSITIVE}
     assert not near(toy.sample(steered, **other), toy.sample(model, **other), 1e-3)
+
+
+def swapped_by_hand(model, origin, options):
+    """The target's step with the keys and values that the source's image tokens have in a step of its own, by the
+    host's own hook."""
+    joint, kept = not unet.matches(model.model.diffusion_model), []
+
+    def image(t):
+        return t[:, :, -64:] if joint else t  # 16 x 16 in patches of 2 x 2, after the text
+
+    def hook(function, q, k, v, *args, **kwargs):
+        if joint or q.shape[1] == k.shape[1]:
+            if sampling_source:
+                kept.append((image(k).clone(), image(v).clone()))
+            else:
+                k, v = k.clone(), v.clone()
+                for mine, its in zip((k, v), kept.pop(0), strict=True):
+                    image(mine).copy_(its)
+        return function(q, k, v, *args, **kwargs)
+
+    hooked = model.clone()
+    hooked.model_options["transformer_options"]["optimized_attention_override"] = hook
+    sampling_source = True
+    toy.sample(hooked, positive=origin, **options)
+    sampling_source = False
+    return toy.sample(hooked, **options)
+
+
+@pytest.mark.parametrize("case", ["plain", "longer text", "batch", "conds apart", "source apart", "PAG"])
+def test_the_source_attention_reaches_both_halves(model, case, monkeypatch):
+    """As from a run of its own, whatever is in the batch and however the host cuts it."""
+    batch, on_unet = 2 if case == "batch" else 1, unet.matches(model.model.diffusion_model)
+    origin = toy.text(5, tokens=154 if case == "longer text" else 77)
+    trajectory = path(model, batch, steps=1)
+    options, everywhere = one_step(trajectory), "input, middle, output" if on_unet else "double, single"
+    base = pag.apply(model, 2.0, "middle" if on_unet else "single.1", ALWAYS) if case == "PAG" else model
+    steered, _ = watched(base, trajectory, origin, layers=everywhere)
+    if case == "source apart":
+        monkeypatch.setattr(beside, "_together", lambda *_: None)
+    if case == "conds apart":
+        monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *a, **k: 1e18)
+    with toy.count_forwards(model) as count:
+        moved = toy.sample(steered, **options)
+    assert not near(moved, toy.sample(base, **options), 1e-3)
+    if case not in ("PAG", "longer text"):
+        assert count.calls == (2 if "apart" in case else 1)
+        assert near(moved, swapped_by_hand(model, origin, options))
+    else:  # every row takes the source's keys and values, in whichever forward it runs
+        monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *a, **k: 1e18)
+        assert near(toy.sample(steered, **options), moved)
 
 
 @pytest.mark.parametrize("case", ["plain", "much longer text", "batch", "PAG", "conds apart"])
@@ -153,10 +216,7 @@ def test_the_source_features_reach_both_halves(case, monkeypatch):
     if case == "conds apart":
         monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *a, **k: 1e18)
     base = pag.apply(model, 2.0, "output.2", ALWAYS) if case == "PAG" else model
-    sigmas, start = trajectory.sigmas, trajectory.latents[0]
-    sampler = comfy.samplers.ksampler("euler")
-    sampler.max_denoise = lambda *_: False
-    options = dict(sigmas=sigmas, start=start / sigmas[0], sampler=sampler)
+    options = one_step(trajectory)
     steered, found = watched(base, trajectory, origin, blocks="middle")
     once = toy.sample(steered, positive=origin, **options)
     assert near(once, toy.sample(base, positive=origin, **options))
@@ -196,3 +256,14 @@ def test_two_sources_cannot_be_beside_one_target(model):
     twice, _ = watched(steered, path(model))
     with pytest.raises(ValueError, match="Watch, Watch: they name different sources"):
         toy.sample(twice)
+
+
+def test_two_edits_of_the_same_keys_are_refused():
+    model = toy.model()
+    trajectory = path(model)
+    steered, _ = watched(model, trajectory, layers="middle, output.0")
+    again, _ = watched(steered, trajectory, layers="output")
+    with pytest.raises(ValueError, match=r"both replace the keys and values of the attention in output\.0; give"):
+        toy.sample(again)
+    beyond, _ = watched(steered, trajectory, layers="output.1-3")
+    assert not near(toy.sample(beyond), toy.sample(steered), 1e-4)

@@ -24,6 +24,11 @@ def self_attention_layers(model, text, auto):
     return _layers(model, text, auto, "attends")
 
 
+def one_attention(model):
+    """True where text and image of a ModelPatcher share one attention."""
+    return adapter_of(model.model) not in (unet, wan)
+
+
 def skippable_layers(model, text, auto):
     """Layers of a ModelPatcher that can be left out, by name."""
     return _layers(model, text, auto, "skippable")

@@ -8,6 +8,7 @@ from ..rows import Block
 
 name = "UNet (SD1.x, SD2.x, SDXL)"
 tagged = False
+ATTENTION = {"self": "attn1", "cross": "attn2"}  # as the host calls them
 
 
 def matches(diffusion_model):
@@ -51,13 +52,13 @@ def tail(diffusion_model):
 def patch(options, rows, network):
     """A replacement that another node placed on the same layer is kept: it serves the rows without an edit."""
     replacements = dict(options.get("patches_replace", {}))
-    attn1 = replacements["attn1"] = dict(replacements.get("attn1", {}))
     options["patches_replace"] = replacements
-    for layer in rows.edits:
-        block = tuple(layer)
+    for layer, kind in rows.edits:
+        name, block = ATTENTION[kind], tuple(layer)
+        at = replacements[name] = dict(replacements.get(name, {}))
         # (group, index) serves every transformer of the block, (group, index, transformer) takes precedence
-        for key in [block, *(key for key in attn1 if key[:2] == block and len(key) == 3)]:
-            attn1[key] = _replacement(layer, rows, attn1.get(key))
+        for key in [block, *(key for key in at if key[:2] == block and len(key) == 3)]:
+            at[key] = _replacement(layer, kind, rows, at.get(key))
     if rows.shares or rows.features:
         patches = options["patches"] = dict(options.get("patches", {}))
         patches["output_block_patch"] = [partial(_between_blocks, rows), *patches.get("output_block_patch", ())]
@@ -78,22 +79,34 @@ def _between_blocks(rows, h, hsp, options):
     return h, hsp if hsp is None or not rows.shares else rows.conform(hsp)
 
 
-def _replacement(layer, rows, previous):
-    def attn1_replace(q, k, v, extra_options):
-        def attention(call, part):
+def _replacement(layer, kind, rows, previous):
+    def replace(q, k, v, extra_options):
+        def attention(call, chunks):
             # whoever attends here sees the options of these chunks alone
-            own = {**extra_options, **{name: extra_options[name][part] for name in ("cond_or_uncond", "uuids")}}
-            return (previous or _optimized_attention)(call.q, call.k, call.v, own)
+            own = {**extra_options, **{name: extra_options[name][chunks] for name in ("cond_or_uncond", "uuids")}}
+            if previous is None:
+                return _optimized_attention(call, own)
+            if call.mask is not None:
+                raise ValueError(
+                    f"Steer: another node replaces the attention of layer {layer}, and cannot be told to leave out a "
+                    "part; take it off, or choose other layers."
+                )
+            return previous(call.q, call.k, call.v, own)
 
-        call = AttnCall(q, k, v, extra_options["n_heads"], layer, shape=rows.shape)
-        return attend(call, rows.chunks(layer), attention)
+        heads, precision = extra_options["n_heads"], extra_options["attn_precision"]
+        text = (0, None) if kind == "cross" else (0, 0)
+        call = AttnCall(
+            q, k, v, heads, layer, kind, text=text, shape=rows.shape, depth=extra_options.get("block_index", 0),
+            precision=precision,
+        )
+        return attend(call, rows.plans(call), attention)
 
-    return attn1_replace
+    return replace
 
 
-def _optimized_attention(q, k, v, extra_options):
+def _optimized_attention(call, options):
     from comfy.ldm.modules.attention import optimized_attention
 
-    precision = extra_options["attn_precision"]
-    heads = extra_options["n_heads"]
-    return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+    return optimized_attention(
+        call.q, call.k, call.v, call.heads, call.mask, attn_precision=call.precision, transformer_options=options
+    )

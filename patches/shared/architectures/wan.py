@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2. Self-attention sees the video alone; text comes in by cross-attention, which stays as it is."""
+"""Wan 2.1 and 2.2. Self-attention sees the video alone; text comes in by cross-attention."""
 
 from ..layers import Layer
 from ..rows import Block
@@ -40,7 +40,9 @@ def tail(diffusion_model):
 
 
 def patch(options, rows, network):
-    dit.patch(options, rows, tokens, "self")
+    """Where an image is given too, cross-attention looks at it first."""
+    image = hasattr(network.blocks[0].cross_attn, "k_img")
+    dit.patch(options, rows, tokens, ("self", None, "cross") if image else ("self", "cross"))
 
 
 def tokens(rows, options, length):
