@@ -74,6 +74,18 @@ def plain(call):
     return optimized_attention(call.q, call.k, call.v, call.heads, call.mask, attn_precision=call.precision)
 
 
+def image_from(source, target, names, weight=1.0):
+    """The AttnCall `target` with `names` (of "q", "k", "v") of its image tokens from `source`, mixed in by `weight`."""
+    changed = {}
+    for name in names:
+        s, t = (getattr(call, name)[:, slice(*call.image)] for call in (source, target))
+        mixed = s.to(t) if weight == 1.0 else torch.lerp(t, s.to(t), weight)
+        first, last, _ = slice(*target.image).indices(target.q.shape[1])
+        around = getattr(target, name)
+        changed[name] = torch.cat((around[:, :first], mixed, around[:, last:]), 1)
+    return replace(target, **changed)
+
+
 Edit = Callable[[AttnCall], AttnCall | torch.Tensor]  # of a weak branch: a changed call, or the output itself
 
 
