@@ -76,8 +76,9 @@ def random_weights(module, seed=0):
                 p.fill_(1.0 if name.endswith(("weight", "scale")) else 0.0)
 
 
-def model(config=None, kind="eps", dtype=torch.float32, seed=0, base=comfy.model_base.BaseModel):
-    """A ModelPatcher around a random network. kind: "eps", "v" or "flow", as the host's model types."""
+def model(config=None, kind="eps", dtype=torch.float32, seed=0, base=comfy.model_base.BaseModel, cast=None):
+    """A ModelPatcher around a random network. kind: "eps", "v" or "flow", as the host's model types.  cast: the dtype
+    in which weights of `dtype` are used, as the host does with fp8."""
 
     class Config(comfy.supported_models_base.BASE):
         unet_config = {}
@@ -88,7 +89,7 @@ def model(config=None, kind="eps", dtype=torch.float32, seed=0, base=comfy.model
         sampling_settings = {"shift": 1.15} if kind == "flow" else {}
 
     config = Config({**(config or UNET)})
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, cast)
     types = comfy.model_base.ModelType
     kind = {"eps": types.EPS, "v": types.V_PREDICTION, "flow": types.FLUX}[kind]
     made = base(config, kind, device=torch.device("cpu"))

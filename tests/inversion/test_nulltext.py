@@ -1,4 +1,5 @@
 import comfy.model_management as mm
+import comfy.quant_ops
 import pytest
 import torch
 import toy
@@ -101,10 +102,16 @@ def test_a_rate_of_0_leaves_the_negative():
     assert all(torch.equal(text, toy.NEGATIVE[0][0]) for text in found(model, path(model), lr=0.0).texts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_finds_its_way(dtype):
-    model = toy.model(dtype=dtype)
-    ours = found(model, path(model, steps=2), iterations=3)
+@pytest.mark.parametrize("dtype, cast", [
+    (torch.float16, None), (torch.bfloat16, None), (torch.float8_e4m3fn, torch.bfloat16),
+    (torch.float8_e5m2, torch.float32),
+])
+def test_half_precision_and_fp8_find_their_way(dtype, cast):
+    """fp8 as the host loads it: weights are cast at each use. Found in inference mode, as the host runs nodes."""
+    model = toy.model(dtype=dtype, cast=cast)
+    assert {p.dtype for p in model.model.diffusion_model.parameters()} == {dtype}
+    with torch.inference_mode():
+        ours = found(model, path(model, steps=2), iterations=3)
     assert all(text.isfinite().all() and text.dtype == torch.float32 for text in ours.texts)
     assert all(step[-1] < step[0] for step in ours.losses)
 
@@ -151,9 +158,13 @@ def test_nonsense_is_refused_before_anything_runs(options, says):
     assert count.calls == 0
 
 
-def test_quantised_weights_are_refused():
+@pytest.mark.parametrize("kind", ["int8", "the host's scaled fp8"])
+def test_quantised_weights_are_refused(kind):
     model = toy.model()
-    trajectory, last = path(model, steps=2), model.model.diffusion_model.out[-1]
-    last.weight = torch.nn.Parameter(last.weight.data.to(torch.int8), requires_grad=False)
+    trajectory, last = path(model, steps=2), model.model.diffusion_model.time_embed[0]
+    weight = last.weight.data.to(torch.int8)
+    if kind != "int8":
+        weight = comfy.quant_ops.QuantizedTensor.from_float(last.weight.data, "TensorCoreFP8Layout")
+    last.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ValueError, match="SteerNullText: needs gradients, and the weights of this model are quantised"):
         found(model, trajectory)
