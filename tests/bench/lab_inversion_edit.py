@@ -31,7 +31,7 @@ CFG = 2.5
 class Case:
     """Portraits and their edits for one lab model, encoded."""
 
-    def __init__(self, which, portraits):
+    def __init__(self, which, portraits, first=7000):
         import numpy as np
         import torch
         from steer.models.lab import data
@@ -43,7 +43,7 @@ class Case:
 
         self.model, clip, self.vae = load_model(which)
         self.reader, self.which = load_reader(), which
-        self.sources, pictures = data.held_out(portraits, 7000)
+        self.sources, pictures = data.held_out(portraits, first)
         self.factors = [EDITED[i % len(EDITED)] for i in range(portraits)]
         self.edits = []
         for i, (p, name) in enumerate(zip(self.sources, self.factors, strict=True)):
@@ -108,8 +108,8 @@ def psnr(x, y):
 
 
 @cache
-def case(which, portraits):
-    return Case(which, portraits)
+def case(which, portraits, first=7000):
+    return Case(which, portraits, first)
 
 
 def sdedit(lab, steps, last, seed, cfg=CFG):

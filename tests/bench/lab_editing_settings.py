@@ -1,0 +1,30 @@
+"""What tests/bench/lab_editing.py measures: [(name, models, edit(lab, steps, seed) -> latent [B, C, H, W])]."""
+
+from bench.lab_editing import redraw, trajectory
+from bench.lab_inversion_edit import editfriendly, flowedit, sdedit
+from steer.patches.inversion import directinversion
+from steer.patches.shared.schedule import Schedule
+
+ALWAYS, BOTH = Schedule(), ("unet", "dit")
+
+
+def last(share, edit):
+    """An edit of the inversion room that begins `share` of the steps before the end."""
+    return lambda lab, steps, seed: edit(lab, steps, round(share * steps), seed)
+
+
+def steered(steer):
+    """The new prompt from the inverted pictures on steer(lab, trajectory)."""
+    return lambda lab, steps, seed: redraw(lab, steps, steer(lab, trajectory(lab, steps)))
+
+
+SETTINGS = [
+    ("re-prompt, same noise", BOTH, steered(lambda lab, path: lab.model)),
+    ("SDEdit, last 40 %", BOTH, last(0.4, sdedit)),
+    ("SDEdit, last 60 %", BOTH, last(0.6, sdedit)),
+    ("SDEdit, last 80 %", BOTH, last(0.8, sdedit)),
+    ("FlowEdit, last 60 %", BOTH, last(0.6, flowedit)),
+    ("FlowEdit, last 80 %", BOTH, last(0.8, flowedit)),
+    ("edit-friendly, last 80 %", BOTH, last(0.8, editfriendly)),
+    ("direct inversion 0.75", BOTH, steered(lambda lab, path: directinversion.apply(lab.model, path, 0.75, ALWAYS))),
+]
