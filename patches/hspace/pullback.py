@@ -109,8 +109,9 @@ class Power:
                 leaf = z.clone().requires_grad_()
                 h = features(leaf)
                 JtJV = torch.stack([torch.autograd.grad(h, leaf, u[None], retain_graph=True)[0][0] for u in JV])
-                vectors, squares, _ = torch.linalg.svd(JtJV.double().flatten(1).T, full_matrices=False)
-                V, s = vectors.T.reshape(V.shape).float(), squares.sqrt()
+                # some devices have no float64
+                vectors, squares, _ = torch.linalg.svd(JtJV.cpu().double().flatten(1).T, full_matrices=False)
+                V, s = vectors.T.reshape(V.shape).to(V), squares.sqrt()
                 if before is not None and float((s / before - 1).abs().max()) < ENOUGH:
                     break
                 before = s
