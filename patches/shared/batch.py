@@ -34,7 +34,6 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     # texts first: the later in the list, the earlier in the batch, where other packs find "the" negative
     own = (b for b in call.branches if not isinstance(b, (Other, Source)))
     branches = sorted(own, key=lambda b: not isinstance(b, Text))
-    source = next((b for b in call.branches if isinstance(b, Source)), None)
     conds, roles, count = list(conds), list(roles), len(conds)
     if branches:
         # The host lays rows out from the last cond to the first. The positive goes last, a branch takes its place: so
@@ -51,10 +50,10 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     options = with_roles(model_options, roles)
     if "model_function_wrapper" in options:
         options["model_function_wrapper"] = partial(_known_indices, call, roles, options["model_function_wrapper"])
-    if source is None:
-        out = executor(model, conds, x, timestep, options)
+    if call.sources:
+        out = run_beside(executor, call.sources, call, model, conds, roles, x, timestep, options)
     else:
-        out = run_beside(executor, source, call, model, conds, roles, x, timestep, options)
+        out = executor(model, conds, x, timestep, options)
     call.predictions.update(zip(roles, out, strict=True))
     if branches:
         out[index] = out[-1]
@@ -113,7 +112,7 @@ def _units(run, call, options, size):
     ]
     beside = options.get(BESIDE)
     if call is None or not call.shares:
-        return units if beside is None else _halves(run, units, beside)
+        return units if beside is None else _parts(run, units, beside)
     positives = {unit.uuid: n for n, unit in enumerate(units) if unit.role == "positive"}
     for n, unit in enumerate(units):
         if isinstance(unit.role, Weak):
@@ -121,24 +120,26 @@ def _units(run, call, options, size):
                 if weak_uuid(uuid, unit.role) == unit.uuid:
                     units[n] = replace(unit, source=source, joins=run.depth(unit.role))
     if beside is not None:
-        units = _halves(run, units, beside)
+        units = _parts(run, units, beside)
         positives = {unit.uuid: n for n, unit in enumerate(units) if unit.role == "positive"}
     if run.spared is None or not positives or all(unit.role != "negative" for unit in units):
         return units
     return _single_rows(run, units, size // len(units), next(iter(positives.values())))
 
 
-def _halves(run, units, beside):
-    """Each unit as the source's rows and the target's; those of the source that nobody asks for come in at the end."""
+def _parts(run, units, beside):
+    """Each unit as the rows of the sources and the target's; those of a source that nobody asks for come in at the
+    end."""
     positive = next((n for n, unit in enumerate(units) if unit.role == "positive"), None)
-    halves = []
+    parts, width = [], len(beside) + 1
     for n, unit in enumerate(units):
-        role, source, joins = beside.role(unit.role), 2 * n, 0
-        if role == IDLE and positive is not None and unit.joins:
-            source, joins = 2 * positive, len(run.blocks)
-        halves.append(replace(unit, role=role, source=source, joins=joins))
-        halves.append(replace(unit, source=2 * unit.source + 1))
-    return halves
+        for i, each in enumerate(beside):
+            role, source, joins = each.role(unit.role), width * n + i, 0
+            if role == IDLE and positive is not None and unit.joins:
+                source, joins = width * positive + i, len(run.blocks)
+            parts.append(replace(unit, role=role, source=source, joins=joins))
+        parts.append(replace(unit, source=width * unit.source + width - 1))
+    return parts
 
 
 def _single_rows(run, units, size, positive):
@@ -157,8 +158,7 @@ def _edits(run, call, units):
     """{(layer, kind): {role: [Edited]}} and {layer: {roles that leave it out}} for what is in this batch."""
     edits, skips = {}, {}
     roles = dict.fromkeys(unit.role for unit in units)
-    sources = {half for b in (call.branches if call else ()) if isinstance(b, Source) for half in (b, b.negative)}
-    targets = [role for role in roles if role != IDLE and role not in sources]
+    targets = [role for role in roles if role != IDLE and not (call and role in call.source_roles)]
     for term, weight, _ in call.active if call else ():
         for a in run.attention[term]:
             for place in product(a.layers, (a.kind,)):
@@ -197,14 +197,13 @@ def _edited(node, edit, target, beside, **options):
 
 
 def _keeps(call, units):
-    """Roles of the source whose attention forwards that follow in this evaluation will ask for."""
-    source = call and next((b for b in call.branches if isinstance(b, Source)), None)
-    if source is None:
+    """Roles of sources whose attention forwards that follow in this evaluation will ask for."""
+    if not call or not call.sources:
         return ()
     roles = {unit.role for unit in units}
     apart = "positive" not in roles  # the source by itself
     rest = any(isinstance(b, (Weak, Text)) and b not in roles for b in call.branches)
-    return {source, source.negative} if apart or rest else ()
+    return call.source_roles if apart or rest else ()
 
 
 def _features(run, call):

@@ -1,14 +1,13 @@
-"""A source picture re-run beside the target: as more items of each cond of the one forward, pinned to its trajectory.
+"""Source pictures re-run beside the target: as more items of each cond of the one forward, pinned to their trajectory.
 
-Nothing of the source is kept over time: at each evaluation its latent is read off the `Trajectory`, and what an edit
+Nothing of a source is kept over time: at each evaluation its latent is read off the `Trajectory`, and what an edit
 takes from it (attention, features) exists within that forward alone. Rows of the forward, for one cond:
 
-    [source item 0 .. B - 1, target item 0 .. B - 1]
+    [source item 0 .. B - 1, (another source's,) target item 0 .. B - 1]
 
-so an edit of attention that is given both roles sees the source in the first half. Source and target are items of one
-cond because the host may run conds apart, and never the items of one. Where their conditionings cannot be items of one
-cond (other areas, texts of another length on a network that knows where a token stands), the source goes first, in a
-forward of its own within the same evaluation.
+Sources and target are items of one cond because the host may run conds apart, and never the items of one. Where their
+conditionings cannot be items of one cond (other areas, texts of another length on a network that knows where a token
+stands), the sources go first, each in a forward of its own within the same evaluation.
 """
 
 import math
@@ -19,7 +18,7 @@ from .architectures import unet
 from .conditioning import text_of
 from .steering import IDLE, Source, with_roles
 
-BESIDE = "steer.beside"  # in transformer_options of a forward that holds source rows
+BESIDE = "steer.beside"  # in transformer_options of a forward that holds rows of these sources
 OWN = ("model_conds", "uuid", "cross_attn", "pooled_output")  # of a cond: what may differ between items
 
 
@@ -29,25 +28,28 @@ def source_of(conditioning, trajectory):
     return Source(f"{text.digest} {id(trajectory):x}", trajectory, text.conds)
 
 
-def run_beside(executor, source, call, model, conds, roles, x, timestep, options):
-    """The host's calc_cond_batch of `conds` with the source beside them; keeps the source's predictions in `call`."""
+def run_beside(executor, sources, call, model, conds, roles, x, timestep, options):
+    """The host's calc_cond_batch of `conds` with `sources` beside them; keeps their predictions in `call`."""
     n, positive = x.shape[0], roles.index("positive")
-    together = _together(_conds(source, call), conds[positive], n, _repeats_text(call))
+    together = _together([*(_conds(source, call) for source in sources), conds[positive]], n, _repeats_text(call))
     if together is None:
 
         def predict(conds, roles, z):
             return executor(model, conds, z, timestep, with_roles(options, roles))
 
-        predict_apart(source, call, predict, dict(zip(roles, conds, strict=True)).get("negative"))
+        for source in sources:
+            predict_apart(source, call, predict, dict(zip(roles, conds, strict=True)).get("negative"))
         return executor(model, conds, x, timestep, options)
     conds = [together if i == positive else cond for i, cond in enumerate(conds)]
-    both = torch.cat((_latents(source, call, x), x)), torch.cat((timestep, timestep))
-    beside = {**options["transformer_options"], BESIDE: source}
-    out = executor(model, conds, *both, {**options, "transformer_options": beside})
+    everyone = torch.cat((*(_latents(source, call, x) for source in sources), x))
+    beside = {**options["transformer_options"], BESIDE: sources}
+    times = timestep.repeat(len(sources) + 1)
+    out = executor(model, conds, everyone, times, {**options, "transformer_options": beside})
     for role, cond, D in zip(roles, conds, out, strict=True):
         if cond is not None and role in ("positive", "negative"):
-            call.predictions[source.role(role)] = D[:n]
-    return [D[n:] for D in out]
+            for source, its in zip(sources, D.split(n), strict=False):
+                call.predictions[source.role(role)] = its
+    return [D[-n:] for D in out]
 
 
 def predict_apart(source, call, predict, negative):
@@ -66,7 +68,7 @@ def edit_features(node, edit, call, layer, source, h, rows):
             call.source[layer, unit.role] = h[at]
     edited = h.clone()
     for unit, at in parts:
-        if unit.role == IDLE or isinstance(unit.role, Source) or source is not None and unit.role == source.negative:
+        if unit.role == IDLE or unit.role in call.source_roles:
             continue
         content = None
         if source is not None:
@@ -97,47 +99,52 @@ def _repeats_text(call):
     return unet.matches(call.run.model.get_model_object("diffusion_model"))
 
 
-def _together(source, target, n, repeats):
-    """One cond whose first n items are `source` and whose next n are `target`; None where there is no such."""
+def _together(conds, n, repeats):
+    """One cond that has n items of each of `conds`, in order; None where there is no such."""
     from comfy.conds import is_equal
 
-    if len(source) != 1 or len(target) != 1:
+    if any(len(cond) != 1 for cond in conds):
         return None
-    (source,), (target,) = source, target
-    if not all(is_equal(source.get(k), target.get(k)) for k in {**source, **target} if k not in OWN):
-        return None
-    a, b = source["model_conds"], target["model_conds"]
-    if a.keys() != b.keys():
-        return None
-    model_conds = {name: _items(a[name], b[name], n, repeats) for name in b}
+    *sources, target = (cond[0] for cond in conds)
+    for source in sources:
+        if not all(is_equal(source.get(k), target.get(k)) for k in {**source, **target} if k not in OWN):
+            return None
+        if source["model_conds"].keys() != target["model_conds"].keys():
+            return None
+    named = [cond["model_conds"] for cond in (*sources, target)]
+    model_conds = {name: _items([each[name] for each in named], n, repeats) for name in target["model_conds"]}
     return None if None in model_conds.values() else [{**target, "model_conds": model_conds}]
 
 
-def _items(a, b, n, repeats):
-    """The host's COND objects `a`, `b` as one, items of a first; None where they do not fit."""
+def _items(conds, n, repeats):
+    """The host's COND objects as one, n items of each; None where they do not fit."""
     from comfy.conds import CONDConstant, CONDCrossAttn, CONDList, is_equal
 
-    if type(a) is not type(b):
+    last = conds[-1]
+    if any(type(each) is not type(last) for each in conds):
         return None
-    if isinstance(a, CONDConstant):
-        return b if is_equal(a.cond, b.cond) else None
-    if isinstance(a, CONDList):
-        pairs = [_cat(p, q, n) for p, q in zip(a.cond, b.cond, strict=False)]
-        fit = len(a.cond) == len(b.cond) and all(pair is not None for pair in pairs)
-        return type(b)(pairs) if fit else None
-    p, q = a.cond, b.cond
-    if isinstance(a, CONDCrossAttn) and repeats and p.ndim == q.ndim == 3 and p.shape[1] != q.shape[1]:
-        tokens = math.lcm(p.shape[1], q.shape[1])
-        if tokens > 4 * min(p.shape[1], q.shape[1]):  # as the host limits it
+    values = [each.cond for each in conds]
+    if isinstance(last, CONDConstant):
+        return last if all(is_equal(value, last.cond) for value in values) else None
+    if isinstance(last, CONDList):
+        if any(len(value) != len(last.cond) for value in values):
             return None
-        p, q = (t.repeat(1, tokens // t.shape[1], 1) for t in (p, q))
-    both = _cat(p, q, n)
-    return None if both is None else type(b)(both)
+        found = [_cat(each, n) for each in zip(*values, strict=True)]
+        return None if any(each is None for each in found) else type(last)(found)
+    lengths = [value.shape[1] for value in values if isinstance(value, torch.Tensor) and value.ndim == 3]
+    if isinstance(last, CONDCrossAttn) and repeats and len(lengths) == len(values) and len(set(lengths)) > 1:
+        tokens = math.lcm(*lengths)
+        if tokens > 4 * min(lengths):  # as the host limits it
+            return None
+        values = [value.repeat(1, tokens // value.shape[1], 1) for value in values]
+    found = _cat(values, n)
+    return None if found is None else type(last)(found)
 
 
-def _cat(p, q, n):
+def _cat(values, n):
     from comfy.utils import repeat_to_batch_size
 
-    if not all(isinstance(t, torch.Tensor) for t in (p, q)) or p.shape[1:] != q.shape[1:]:
+    last = values[-1]
+    if any(not isinstance(value, torch.Tensor) or value.shape[1:] != last.shape[1:] for value in values):
         return None
-    return torch.cat([repeat_to_batch_size(t, n) for t in (p, q.to(p))])
+    return torch.cat([repeat_to_batch_size(value.to(last), n) for value in values])

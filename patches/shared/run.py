@@ -82,13 +82,6 @@ class Run:
         self._conflicts()
         self.features = {term: tuple(term.features(self.model)) for term, _, _ in self.terms}
         branches = dict.fromkeys(branch for _, _, needed in self.terms for branch in needed)
-        sources = {branch for branch in branches if isinstance(branch, Source)}
-        if len(sources) > 1:
-            nodes = ", ".join(term.node for term, _, needed in self.terms if sources & set(needed))
-            raise ValueError(
-                f"{nodes}: they name different sources (trajectory or prompt); one picture can be beside the target: "
-                "wire the same to all of them."
-            )
         self.others = {branch: Model(branch.model, self) for branch in branches if isinstance(branch, Other)}
         texts = {b: b.conds(guider) for b in branches if isinstance(b, (Text, Source))}
         self.lengths = {branch: len(conds) for branch, conds in texts.items()}
@@ -168,6 +161,8 @@ class Call:
         self.sigmas = sigmas  # [steps + 1], the sampler's, where the model is
         self.active = active  # [(term, weight, branches)]
         self.branches = tuple(dict.fromkeys(branch for _, _, branches in active for branch in branches))
+        self.sources = tuple(branch for branch in self.branches if isinstance(branch, Source))
+        self.source_roles = {role for source in self.sources for role in (source, source.negative)}
         self.conds = run.guider.conds
         self.predictions = {}  # "positive", "negative" or branch -> D, as the network gave it
         self.seen = {}  # term -> what it saw of attention

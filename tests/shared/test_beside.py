@@ -251,11 +251,30 @@ def test_features_of_a_part_of_the_picture_are_refused():
     assert torch.equal(toy.sample(model), toy.sample(toy.model()))
 
 
-def test_two_sources_cannot_be_beside_one_target(model):
-    steered, _ = watched(model, path(model))
-    twice, _ = watched(steered, path(model))
-    with pytest.raises(ValueError, match="Watch, Watch: they name different sources"):
-        toy.sample(twice)
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_sources_beside_one_target(model, apart, monkeypatch):
+    """Each term is given its own source, and each source is predicted as if it were the only one."""
+    if apart:
+        monkeypatch.setattr(beside, "_together", lambda *_: None)
+    first, second = path(model, 2), path(model, 2, toy.text(6))
+    second = replace(second, latents=second.latents.flip(-1))
+    names = ("middle", "output") if unet.matches(model.model.diffusion_model) else ("double", "single")
+    options = dict(start=toy.noise(batch=2), steps=1)
+    once, seen = watched(model, first, layers=names[0])
+    twice, found = watched(once, second, toy.text(6), layers=names[1])
+    only, alone = watched(model, second, toy.text(6), layers=names[1])
+    with toy.count_forwards(model) as count:
+        both = toy.sample(twice, **options)
+    assert (count.calls, count.rows) == ((3, 12) if apart else (1, 12))
+    for each, its in ((once, seen), (only, alone)):
+        its.clear()
+        assert not near(toy.sample(each, **options), both, 1e-3)
+        (said,), (level,) = its.values(), found
+        for role in said.keys() - {"positive", "negative"}:
+            assert near(found[level][role], said[role])
+    # with the same source for both, it is what one term does in all these layers
+    same, _ = watched(once, first, layers=names[1])
+    assert near(toy.sample(same, **options), toy.sample(watched(model, first, layers=", ".join(names))[0], **options))
 
 
 def test_two_edits_of_the_same_keys_are_refused():
