@@ -9,14 +9,16 @@ from .steering import Other, Source, Text, Weak
 def before_cfg(call, args):
     """The first pre_cfg function: keeps what the network said before other nodes edit it."""
     out = args["conds_out"]
-    if call.run.spared is not None:
-        out = [out[0], _spare(call.run.spared, *out[:2]), *out[2:]]
+    if len(out) > 1:
+        out = [out[0], spare(call.run.spared, *out[:2]), *out[2:]]
     call.predictions.update(zip(("positive", "negative"), out, strict=False))
     return out
 
 
-def _spare(spared, positive, negative):
+def spare(spared, positive, negative):
     """The negative of an item that is spared it is its positive, whether or not its row was left out."""
+    if spared is None:
+        return negative
     spared = torch.tensor(spared, device=positive.device).view(-1, *[1] * (positive.ndim - 1))
     return positive.where(spared, negative)
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 import toy
 from bench.lab_guidance import lab
+from comfy_extras.nodes_model_advanced import RescaleCFG
 from steer.models.lab.captions import caption
 from steer.models.lab.portrait import Portrait, draw
-from steer.patches.guidance import apg, pag
+from steer.patches.guidance import adaptiveguidance, apg, betacfg, cfgpp, feedbackcfg, guidanceschedule, pag, rescale
 from steer.patches.inversion import directinversion, invert
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.trajectory import Trajectory, fingerprint
@@ -150,13 +151,49 @@ def test_half_precision_returns_within_its_rounding(dtype):
     assert off(drawn(direct(model, trajectory), trajectory), trajectory) < 0.1 * trajectory.source.std()
 
 
-def test_with_other_steering_it_stays_on_the_model():
-    """PAG pulls on the target alone: the source is what CFG would make of it."""
+GUIDED = {
+    "SteerCFGPP": lambda m, window: cfgpp.apply(m, 0.6, window),
+    "SteerBetaCFG": lambda m, window: betacfg.apply(m, 2.0, 2.0, 0.0, False, window),
+    "SteerFeedbackCFG": lambda m, window: feedbackcfg.apply(m, 1.0, 12.0, 3, 1.0, window),
+    "SteerAPG": lambda m, window: apg.apply(m, 0.0, 1.0, -0.5, window),
+    "SteerPAG": lambda m, window: pag.apply(m, 2.0, "middle", window),
+    "SteerRescale": lambda m, window: rescale.apply(m, 0.7, window),
+    "sampler_cfg_function": lambda m, window: RescaleCFG().patch(m, 0.7)[0],
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_where_the_target_has_other_guidance_it_says_that_the_source_does_not_return(name, caplog):
     model = toy.model()
     trajectory = path(model)
-    both = direct(apg.apply(pag.apply(model, 2.0, "middle", ALWAYS), 0.0, 15.0, -0.5, ALWAYS), trajectory)
-    out = drawn(both, trajectory)
-    assert out.isfinite().all() and off(out, trajectory) > 0.01
+    before, after = direct(GUIDED[name](model, ALWAYS), trajectory), GUIDED[name](direct(model, trajectory), ALWAYS)
+    for steered in (before, after):
+        caplog.clear()
+        out = drawn(steered, trajectory)
+        assert out.isfinite().all() and off(out, trajectory) > 5 * ROUNDING
+        assert caplog.text.count(f"SteerDirectInversion: the edit is also guided by {name}, the source by plain") == 1
+
+
+def test_what_sets_the_cfg_alone_keeps_the_promise_and_says_nothing(caplog):
+    model = toy.model()
+    trajectory = path(model)
+    scheduled = guidanceschedule.apply(direct(model, trajectory), 1.0, 8.0, "custom", Schedule(0.0, 0.6))
+    assert off(drawn(scheduled, trajectory), trajectory) < ROUNDING
+    early = direct(model, trajectory, schedule=Schedule(0.0, 0.5))
+    drawn(pag.apply(early, 2.0, "middle", Schedule(0.5, 1.0)), trajectory)
+    assert "SteerDirectInversion" not in caplog.text
+
+
+def test_an_item_that_is_spared_its_negative_returns_too(monkeypatch):
+    """Adaptive Guidance ends it for the item whose prompt is nearer to the negative, and not for the other."""
+    model, negative = toy.model(), toy.NEGATIVE[0][0]
+    both = torch.cat((torch.lerp(negative, ORIGIN[0][0], 0.5), ORIGIN[0][0]))
+    trajectory = path(model, 2, [[both, {"pooled_output": ORIGIN[0][1]["pooled_output"].repeat(2, 1)}]])
+    seen, spare = [], directinversion.spare
+    monkeypatch.setattr(directinversion, "spare", lambda spared, *D: (seen.append(spared), spare(spared, *D))[1])
+    adaptive = adaptiveguidance.apply(direct(model, trajectory), 0.99, ALWAYS)
+    assert off(drawn(adaptive, trajectory, trajectory.conditioning), trajectory) < ROUNDING
+    assert seen == [None, *[[True, False]] * 3]
 
 
 @pytest.mark.parametrize("case, says", [
