@@ -70,7 +70,8 @@ class Invert(io.ComfyNode):
                     display_name="trajectory", tooltip="The latent at every step, for Steer's editing nodes."
                 ),
                 io.Noise.Output(
-                    display_name="noise", tooltip="For SamplerCustomAdvanced, beside the latent that was inverted."
+                    display_name="noise",
+                    tooltip="For SamplerCustomAdvanced, beside the latent that was inverted, with all of the sigmas.",
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The schedule that was inverted, for the sampler."),
             ],

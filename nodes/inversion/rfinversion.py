@@ -44,7 +44,8 @@ class RFInversion(io.ComfyNode):
             ],
             outputs=[
                 io.Noise.Output(
-                    display_name="noise", tooltip="For SamplerCustomAdvanced, beside the latent that was inverted."
+                    display_name="noise",
+                    tooltip="For SamplerCustomAdvanced, beside the latent that was inverted, with all of the sigmas.",
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The schedule that was inverted, for the sampler."),
                 io.Custom("STEER_TRAJECTORY").Output(

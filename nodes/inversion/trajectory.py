@@ -110,7 +110,10 @@ class TrajectoryParts(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The picture, for the sampler's latent."),
-                io.Noise.Output(display_name="noise", tooltip="From which the model draws this picture."),
+                io.Noise.Output(
+                    display_name="noise",
+                    tooltip="From which the model draws this picture, beside its latent and with all of the sigmas.",
+                ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The schedule it was inverted with, for the sampler."),
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt it was inverted with."),
             ],

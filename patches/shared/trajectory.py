@@ -105,7 +105,8 @@ class Trajectory:
             if len(its) < len(sigmas) or not torch.allclose(its, sigmas, rtol=1e-4, atol=1e-5):
                 raise ValueError(
                     f"the trajectory has another schedule: {_listed(self.sigmas)}, the sampler's is {_listed(sigmas)}; "
-                    "wire the sigmas of SteerInvert to the sampler, whole or their last steps."
+                    "wire the sigmas of its inversion to the sampler: all of them where its noise is wired too, else "
+                    "their last steps will also do."
                 )
 
 
