@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..shared.architectures import flux, hunyuan, lumina, qwen, sd3, self_attention_layers, unet, wan
+from ..shared.attention import additive
 from ..shared.steering import Away, Weak, steer
 
 AUTO = {
@@ -40,7 +41,8 @@ def joint_identity(call):
         return torch.cat((t.narrow(dim, 0, first), t.narrow(dim, last, n - last)), dim)
 
     q, k, v = (t.unflatten(2, (call.heads, -1)).transpose(1, 2) for t in (call.q, call.k, call.v))
-    mask = additive(call, q.dtype)
+    mask = None if call.mask is None else additive(call.mask, q.dtype)
+    mask = None if mask is None else mask.expand(*mask.shape[:2], n, n)
     around = scaled_dot_product_attention(rest(q), k, v, None if mask is None else rest(mask))
     q, among = q[:, :, image] * q.shape[-1] ** -0.5, torch.empty_like(q[:, :, image])
     for h in range(call.heads):  # one at a time: [B, image, text] scores, not heads times as many
@@ -53,17 +55,6 @@ def joint_identity(call):
         among[:, h] = a[..., :-1] @ rest(v[:, h]) + a[..., -1:] * v[:, h, image]
     out = torch.cat((around[:, :, :first], among, around[:, :, first:]), 2)
     return out.transpose(1, 2).flatten(2)
-
-
-def additive(call, dtype):
-    """The mask of a call as numbers to add to scores, [B or 1, heads or 1, N, N]; None where it has none."""
-    mask, n = call.mask, call.q.shape[1]
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    return mask.to(dtype).expand(*mask.shape[:2], n, n)
 
 
 @dataclass(frozen=True)

@@ -114,17 +114,21 @@ class Guider:
 
 def apply(model, mask, trajectory, cells, soft, schedule):
     """A clone of `model` that changes the picture inside of `mask` alone."""
+    return carry(model, Region(mask, trajectory, cells, soft, schedule))
+
+
+def carry(model, region):
+    """A clone of `model` that keeps what is outside of `region`."""
     from comfy.patcher_extension import WrappersMP
 
-    region = Region(mask, trajectory, cells, soft, schedule)
     with blame(region):
-        if soft < 0:
-            raise ValueError(f"feather {soft} must be 0 or more.")
-        if trajectory is not None:
-            trajectory.check(model)
-            region.on(trajectory.source.shape)
+        if region.feather < 0:
+            raise ValueError(f"feather {region.feather} must be 0 or more.")
+        if region.trajectory is not None:
+            region.trajectory.check(model)
+            region.on(region.trajectory.source.shape)
     model = model.clone()
-    if not schedule.closed:
+    if not region.schedule.closed:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, region.outer_sample)
         model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, region.sampler_sample)
     return model

@@ -86,6 +86,19 @@ def image_from(source, target, names, weight=1.0):
     return replace(target, **changed)
 
 
+def additive(mask, dtype):
+    """A mask of an `AttnCall` as numbers to add to scores, [B or 1, heads or 1, N or 1, M]."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    return (mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask).to(dtype)
+
+
+def biased(call, bias):
+    """The same call with `bias` [B, M] added to the scores of each key."""
+    bias = bias.to(call.q.dtype)[:, None, None]
+    return replace(call, mask=bias if call.mask is None else bias + additive(call.mask, bias.dtype))
+
+
 Edit = Callable[[AttnCall], AttnCall | torch.Tensor]  # of a weak branch: a changed call, or the output itself
 
 

@@ -1,7 +1,7 @@
 """Masks of a picture on the grid of its latent: 1 may change, 0 stays."""
 
 import torch
-from torch.nn.functional import adaptive_max_pool2d, max_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, max_pool2d
 
 
 def fit(mask, shape):
@@ -28,6 +28,16 @@ def fit(mask, shape):
         raise ValueError("the mask has values that are not finite numbers; use values from 0 to 1.")
     mask = adaptive_max_pool2d(mask.float().clamp(0, 1)[:, None], (H, W))
     return mask if len(shape) == 4 else mask[:, :, None]
+
+
+def on_tokens(mask, call, pool=adaptive_avg_pool2d):
+    """A mask [b, 1, (1,) H, W] on the image tokens of an `AttnCall`, [b, N]: its share of each, or what else `pool`
+    makes of the cells of one. ValueError where the tokens do not lie on a grid."""
+    frames, *size = call.grid()
+    m = pool(mask.reshape(-1, 1, *mask.shape[-2:]).to(call.q.device), size).flatten(1).repeat(1, frames)
+    if len(m) not in (1, call.q.shape[0]):
+        raise ValueError(f"there are {len(m)} masks for {call.q.shape[0]} pictures in this forward; give one mask.")
+    return m
 
 
 def grow(mask, cells):
