@@ -28,6 +28,7 @@ class Block:
     streams: names of the forward's arguments that hold the hidden states, in the order of its outputs.
     attends: holds the self-attention of its layer.  skippable: what comes out has the shape of what went in.
     arguments: names of the forward's first arguments, where its signature does not tell.
+    residual: the module inside that puts out what the block adds to what went in, where that can be edited.
     """
 
     layer: Layer
@@ -36,6 +37,16 @@ class Block:
     attends: bool = True
     skippable: bool = True
     arguments: tuple[str, ...] = ()
+    residual: torch.nn.Module | None = None
+
+
+class Residual(NamedTuple):
+    """What a block adds to what went into it, before it is added."""
+
+    layer: Layer
+
+    def __str__(self):
+        return f"what {self.layer} adds"
 
 
 class Edited(NamedTuple):
@@ -65,7 +76,7 @@ class Rows:
 
     units: the whole batch, in order.  shape: of the latent in it.
     edits: {(Layer, kind): {role: [Edited]}} of attention.  skips: {Layer: {role}}, blocks that these roles leave out.
-    features: {Layer: [edit]} of what blocks put out, edit(h, rows) -> h.
+    features: {Layer or Residual: [edit]} of what blocks put out or add, edit(h, rows) -> h.
     kept: where attention of the roles `keeps` is left for forwards that follow, {(Layer, kind, depth, role): AttnCall}.
     """
 
@@ -185,12 +196,17 @@ class Rows:
                 hook(block.module.register_forward_pre_hook, self._entry(depth, block, skipping), with_kwargs=True)
                 if skipping:
                     hook(block.module.register_forward_hook, skipping.after)
+                for edit in self.features.get(Residual(block.layer), ()) if block.residual is not None else ():
+                    hook(block.residual.register_forward_hook, self._inside(edit))
             if tail is not None:
                 hook(tail.register_forward_pre_hook, self._entry(len(blocks)), with_kwargs=True)
             try:
                 yield
             finally:
                 self.cache.clear()
+
+    def _inside(self, edit):
+        return lambda module, args, h: edit(h, self)
 
     def _entry(self, depth, block=None, skipping=None):
         names = block and (block.arguments or list(inspect.signature(block.module.forward).parameters))

@@ -24,6 +24,6 @@ def covers(source, run):
     highest, start = float(trajectory.sigmas[0]), float(run.sigmas[0])
     if start > highest * (1 + 1e-4):
         raise ValueError(
-            f"the sampler starts at sigma {start:.4g}, and the source was inverted to {highest:.4g} only; invert it with "
-            "the sampler's steps, scheduler and denoise."
+            f"the sampler starts at sigma {start:.4g}, and the source was inverted to {highest:.4g} only; invert it "
+            "with the sampler's steps, scheduler and denoise."
         )

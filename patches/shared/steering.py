@@ -143,7 +143,8 @@ class Term:
         return ()
 
     def features(self, model):
-        """Edits of what blocks of a UNet put out: [(layer, edit)], edit(h, source, call=, weight=) -> h.
+        """Edits of what blocks of a UNet put out: [(layer, edit)], edit(h, source, call=, weight=) -> h. With
+        `Residual(layer)`, of what the decoder's ResBlock there adds to what goes into it.
 
         h: [b, C, H, W], rows of one cond of the target.  source: the same of the source beside it (`Source`), or None.
         """

@@ -1,9 +1,9 @@
 """What attention methods are measured against: two runs of the host's own, in which attention is written out."""
 
 import comfy.samplers
+import torch
 import toy
 import toy_dit
-import torch
 from steer.patches.shared.trajectory import Trajectory, fingerprint
 
 ARGUMENTS = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # of the host's attention, after heads

@@ -14,6 +14,7 @@ An adapter is a module or class with
 from contextlib import contextmanager
 
 from ..layers import listing, resolve
+from ..rows import Residual
 from . import flux, hunyuan, lumina, qwen, sd3, unet, wan
 
 ADAPTERS = (unet, flux, sd3, lumina, qwen, wan, hunyuan)
@@ -42,6 +43,18 @@ def editable_layers(model, text):
             f"works in the h-space of a UNet (SD1.x, SD2.x, SDXL), which {type(model.model).__name__} does not have."
         )
     return resolve(text, unet.editable(network))
+
+
+def residual_layers(model, text):
+    """The decoder's blocks of a UNet ModelPatcher that add to what goes into them, by name, as `Residual`s."""
+    network = model.get_model_object("diffusion_model")
+    if not unet.matches(network):
+        raise ValueError(
+            f"takes features of the blocks of a UNet (SD1.x, SD2.x, SDXL), which {type(model.model).__name__} does not "
+            "have."
+        )
+    found = (block.layer for block in unet.blocks(network) if block.residual is not None)
+    return tuple(map(Residual, resolve(text, tuple(dict.fromkeys(found)))))
 
 
 def _layers(model, text, auto, part):
@@ -79,7 +92,8 @@ def adapter_of(model):
 
 
 def needs_hooks(adapter, rows):
-    return bool(rows.shares or rows.skips or (rows.edits and adapter.tagged))
+    inside = any(isinstance(place, Residual) for place in rows.features)
+    return bool(rows.shares or rows.skips or inside or (rows.edits and adapter.tagged))
 
 
 @contextmanager

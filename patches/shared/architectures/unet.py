@@ -40,8 +40,10 @@ def blocks(diffusion_model):
                     return ()
                 attends = isinstance(module, SpatialTransformer)
                 # what adds to its input and keeps the shape
-                residual = isinstance(module, ResBlock) and module.channels == module.out_channels and not module.updown
-                found.append(Block(Layer(group, i), module, ("x",), attends, attends or residual))
+                adds = isinstance(module, ResBlock)
+                keeps = attends or adds and module.channels == module.out_channels and not module.updown
+                inner = module.out_layers[-1] if adds and group == "output" else None
+                found.append(Block(Layer(group, i), module, ("x",), attends, keeps, residual=inner))
     return tuple(found)
 
 
