@@ -1,6 +1,6 @@
 """How exactly inverted portraits come back under guidance on the lab's trained models, and what each method costs.
 
-    python tests/bench/lab_inversion.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3]
+    python tests/bench/lab_inversion.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3 4]
 
 Held-out portraits are inverted under their captions and drawn again under the same captions, at cfg 5. Per method:
     PSNR        to the portrait as the VAE renders it, in dB: mean and standard deviation over the portraits; per set
@@ -80,8 +80,8 @@ class Lab:
         options = dict(positive=self.positive, negative=negative, start=start, latent=self.latent, **options)
         return toy.sample(model or self.model, cfg, sigmas=trajectory.sigmas, **options)
 
-    def back(self, method):
-        """(PSNR of each portrait [B], numbers kept per picture and step)."""
+    def back(self, method, **options):
+        """(PSNR of each portrait [B], numbers kept per picture and step). options: of null-text."""
         import torch
         from steer.patches.inversion import directinversion, negativepromptinversion, nulltext
         from steer.patches.shared.schedule import Schedule
@@ -92,7 +92,7 @@ class Lab:
             negative = negativepromptinversion.apply(self.positive)
         elif method == "null-text":
             with torch.inference_mode():
-                negative = nulltext.apply(model, trajectory, self.negative, CFG)
+                negative = nulltext.apply(model, trajectory, self.negative, CFG, **options)
             kept = negative[0][0][0].numel()
         elif "direct" in method:
             model = directinversion.apply(model, trajectory, 1.0, Schedule())
@@ -176,6 +176,15 @@ def reconstruction(which, portraits, sets, steps):
         }
 
 
+def rates(portraits, sets, steps):
+    """Null-text's 10 iterations at other rates; the paper's is 0.01."""
+    import torch
+
+    labs = [Lab("unet", portraits, 5000 + 1000 * i, steps) for i in range(sets)]
+    for lr in (0.01, 0.03, 0.1):
+        yield f"lr {lr:g}", {"PSNR": torch.cat([lab.back("null-text", lr=lr)[0] for lab in labs]).mean()}
+
+
 def cost(**size):
     for which in ("unet", "dit"):
         few, many = (Lab(which, 4, 5000, steps) for steps in (10, 40))
@@ -188,6 +197,7 @@ TABLES = (
     ("Reconstruction, Lab-UNet", COLUMNS, partial(reconstruction, "unet")),
     ("Reconstruction, Lab-DiT", COLUMNS, partial(reconstruction, "dit")),
     ("The source beside the target", ("time", "10 steps", "40 steps"), cost),
+    ("Null-text inversion over its rate, Lab-UNet", ("PSNR",), rates),
 )
 
 

@@ -1,6 +1,6 @@
 """How well the editing methods of the inversion room edit, and what they keep, on the lab's trained models.
 
-    python tests/bench/lab_inversion_edit.py [--portraits 32] [--seeds 4] [--steps 16] [--tables 1 2 3 4 5]
+    python tests/bench/lab_inversion_edit.py [--portraits 32] [--seeds 4] [--steps 16] [--tables 1 2 ...]
 
 Held-out portraits, each with one factor changed in its caption (hair colour, glasses, expression, hat in turn), so the
 truth, the same person with that change, can be drawn. Per setting, over portraits and seeds:
@@ -186,6 +186,25 @@ def exact(portraits, seeds, steps):
         yield f"{which}, cfg {CFG}", same(lab, latents)
 
 
+def offsets(portraits, seeds, steps):
+    """Direct inversion, which draws no noise: each portrait once, whatever the seeds."""
+    import torch
+    from steer.patches.inversion import directinversion
+    from steer.patches.inversion.invert import InvertedNoise, invert
+    from steer.patches.shared.schedule import Schedule
+
+    for which in ("unet", "dit"):
+        lab = case(which, portraits)
+        with torch.inference_mode():
+            found = invert(lab.model, lab.before, lab.latent, lab.sigmas(steps))
+        start = InvertedNoise(found, lab.model).generate_noise({"samples": lab.latent})
+        for cfg in (CFG, 2 * CFG):
+            for o in (0.0, 0.5, 0.75, 1.0):
+                model = directinversion.apply(lab.model, found, o, Schedule())
+                latent = lab.sample(model, lab.after, "euler", found.sigmas, cfg, start)
+                yield f"{which}, cfg {cfg:g}, offset {o:g}", lab.figures([latent])
+
+
 def retraced(portraits, seeds, steps):
     """Inverted and redrawn at cfg 1, in as many evaluations."""
     import torch
@@ -218,13 +237,14 @@ TABLES = (
     ("RF-inversion over eta in all steps, Lab-DiT", ("PSNR", "error"), returns),
     ("Edit-friendly inversion, source prompt", ("PSNR", "error"), exact),
     ("RF-Solver, inverted and redrawn", ("PSNR", "error"), retraced),
+    ("Direct inversion over offset", EDITS, offsets),
 )
 
 
 INTRO = (
     "# What editing does on the lab\n\nEach table says by which command it was made; what the columns mean is said "
-    f"at the top of `tests/bench/lab_inversion_edit.py`. Cfg {CFG} towards the new prompt, for all alike. The lab "
-    "proves the implementation, not the looks on other models."
+    f"at the top of `tests/bench/lab_inversion_edit.py`. Cfg {CFG} towards the new prompt, unless a row says otherwise."
+    " The lab proves the implementation, not the looks on other models."
 )
 
 
