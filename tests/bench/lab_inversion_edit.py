@@ -193,12 +193,12 @@ def offsets(portraits, seeds, steps):
     from steer.patches.inversion.invert import InvertedNoise, invert
     from steer.patches.shared.schedule import Schedule
 
-    for which in ("unet", "dit"):
+    for which, cfgs in (("unet", (CFG, 2 * CFG)), ("dit", (CFG,))):
         lab = case(which, portraits)
         with torch.inference_mode():
             found = invert(lab.model, lab.before, lab.latent, lab.sigmas(steps))
         start = InvertedNoise(found, lab.model).generate_noise({"samples": lab.latent})
-        for cfg in (CFG, 2 * CFG):
+        for cfg in cfgs:
             for o in (0.0, 0.5, 0.75, 1.0):
                 model = directinversion.apply(lab.model, found, o, Schedule())
                 latent = lab.sample(model, lab.after, "euler", found.sigmas, cfg, start)
