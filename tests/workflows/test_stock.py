@@ -12,11 +12,32 @@ NOT_CLONED = shutil.ignore_patterns(".git", ".steer", "__pycache__", ".pytest_ca
 MAIN = "import sys; sys.path.append(sys.argv.pop(1)); import host; host.run_main(host.setup(), sys.argv[1:])"
 
 
+CLOCK = """
+import asyncio, sys, time
+sys.path.append(sys.argv[1])
+import host
+host.boot()
+import server
+import nodes
+server.PromptServer(asyncio.new_event_loop())
+asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+began = time.process_time()
+assert asyncio.run(nodes.load_custom_node(sys.argv[2], module_parent="custom_nodes"))
+print(time.process_time() - began)
+"""
+
+
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    """What ComfyUI's main.py says when it starts with our copy as its only custom node."""
+def base(tmp_path_factory):
+    """A folder as ComfyUI keeps its own, with our copy as its only custom node."""
     base = tmp_path_factory.mktemp("stock")
     shutil.copytree(host.ROOT, base / "custom_nodes" / "steer", ignore=NOT_CLONED)
+    return base
+
+
+@pytest.fixture(scope="module")
+def log(base):
+    """What ComfyUI's main.py says when it starts."""
     command = [sys.executable, "-c", MAIN, str(host.ROOT / "tests"), "--base-directory", str(base), "--cpu",
                "--quick-test-for-ci", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -30,9 +51,12 @@ def test_it_loads(log):
     assert "Error while calling comfy_entrypoint" not in log
 
 
-def test_it_starts_within_a_fifth_of_a_second(log):
-    seconds = float(re.search(r"([\d.]+) seconds: \S*steer\s", log).group(1))  # the host rounds to a tenth
-    assert seconds < 0.2
+def test_it_starts_within_a_fifth_of_a_second(base):
+    """Of the processor's time, since others may have the machine too, where all that the host has itself is loaded."""
+    command = [sys.executable, "-c", CLOCK, str(host.ROOT / "tests"), str(base / "custom_nodes" / "steer")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert float(done.stdout.split()[-1]) < 0.2
 
 
 def test_it_asks_for_no_package():
