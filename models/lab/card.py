@@ -22,6 +22,7 @@ def card(scores, log, **fixed):
         f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {seen['renders']['accuracy'][name]:.3f} "
         f"| {seen['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
         f"| {scores['unet-weak'][name]:.3f} | {scores['dit'][name]:.3f} | {scores['dit-weak'][name]:.3f} "
+        f"| {scores['unet-edit']['factors'][name]:.3f} "
         f"| {shares('leak', name)} | {shares('dit-leak', name)} | {shares('dit-heeds', name)} |"
         for name, values in FACTORS.items()
     )
@@ -41,7 +42,8 @@ Tiny models that ship with Steer, trained from nothing on portraits drawn by `mo
 method runnable in seconds and its effect measurable. They prove an implementation, not the picture quality that the
 same method reaches on a large model. {megabytes} MB together, fp16, Apache-2.0, no third-party data.
 
-This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train.py eval`; so is `sheet_dit.jpg`.
+This file, `scores.json` and `sheet.jpg` are written by `python models/lab/train.py eval`; so are `sheet_dit.jpg` and
+`sheet_edit.jpg`.
 
 UNet:
 
@@ -51,6 +53,10 @@ DiT:
 
 ![samples of the DiT](sheet_dit.jpg)
 
+UNet for edits, sources above, below what it makes of them when told one factor:
+
+![edits of the UNet](sheet_edit.jpg)
+
 ## Parts
 
 | file | network | serves as |
@@ -59,6 +65,7 @@ DiT:
 | text.safetensors | CLIP text transformer, 2 layers, 128 wide; one token row for all words unknown to captions | CLIP |
 | unet.safetensors | UNetModel, 64 channels, 16x16 and 8x8, attention everywhere, eps-prediction | MODEL |
 | unet_weak.safetensors | the same network early in its training | MODEL |
+| unet_edit.safetensors | what of it differs once it takes an image as four more channels: encoder and middle | MODEL |
 | dit.safetensors | Flux, 192 wide, 3 double and 5 single blocks, 64 image and 48 text tokens, rectified flow | MODEL |
 | dit_weak.safetensors | the same network, trained for minutes | MODEL |
 | reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
@@ -71,10 +78,13 @@ Text: first taught to name the factors of a caption, then trained with the UNet 
 UNet: latents whitened to a standard deviation of 0.4 so that the layout does not show through the starting noise,
 noise levels stratified, the eps error divided by its running mean per noise level, 10 % empty prompts, captions with
 random omissions, order and unknown words; the transformers at 16x16 join late, so that the level at 8x8 and the middle
-are used. DiT: latents whitened to a standard deviation of 1, times halfway between uniform and logit-normal,
-the UNet's text encoder as it is, the same captions; the pooled vector is zero for 30 % of the pictures, so that the
-context is read, and the context empty for 25 %, so that the pooled vector is heard where the context is silent (the
-shipped weights: 50 % and 0 % for the first 1000 steps, 40 % and 15 % for the next 1000).
+are used. UNet for edits, as InstructPix2Pix: the UNet with four input channels more, at zero first; encoder and middle
+are trained, decoder and text encoder stay; pairs of portraits that differ in one factor, a caption that names this
+one and often others; 5 % without image, 5 % without text, 5 % without both. DiT: latents whitened to a standard
+deviation of 1, times halfway between uniform and logit-normal, the UNet's text encoder as it is, the same captions;
+the pooled vector is zero for 30 % of the pictures, so that the context is read, and the context empty for 25 %, so
+that the pooled vector is heard where the context is silent (the shipped weights: 50 % and 0 % for the first 1000
+steps, 40 % and 15 % for the next 1000).
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents.
 
 | stage | steps | samples | minutes | last logged |
@@ -91,14 +101,17 @@ Prompt hits: share of {prompts} full held-out prompts x {seeds} noises whose fac
 ({steps} steps of euler; UNet normal, CFG {cfg}; DiT {flow[scheduler]}, CFG {flow[cfg]}). Mean {mean[unet]:.3f}; the
 weaker sibling {mean[unet-weak]:.3f} (one noise); the DiT {mean[dit]:.3f}, its weaker sibling {mean[dit-weak]:.3f}
 (one noise).
+Edits: {edit[count]} held-out portraits, one noise, told one factor to change (CFG {edit[cfg]}, no image guidance);
+the share whose factor shows. Mean {unet-edit[edited]:.3f}; all other factors kept {unet-edit[kept]:.3f},
+PSNR to the drawn truth {unet-edit[PSNR]:.1f} dB, cosine of the face with the truth's {unet-edit[identity]:.3f}.
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
 that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
 of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the
 pooled vector's factor when the context is that of the empty prompt.
-Renders, through VAE: accuracy of the reader.
+Renders, VAE: accuracy of the reader on renders and through the VAE.
 
-| factor | chance | renders | through VAE | UNet hits | weaker | DiT hits | weaker | UNet leak | DiT leak | DiT heeds |
-|---|---|---|---|---|---|---|---|---|---|---|
+| factor | chance | renders | VAE | UNet hits | weaker | DiT hits | weaker | edits | UNet leak | DiT leak | DiT heeds |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {auc[renders]} on renders,

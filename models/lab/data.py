@@ -1,11 +1,13 @@
 """Stage "data": draw the training portraits once into a memory-mapped file."""
 
 import json
+import random
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
-from .portrait import SIZE, Portrait, draw
+from .portrait import FACTORS, SIZE, Portrait, draw
 
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
 
@@ -32,6 +34,14 @@ def held_out(count, start=0):
     """Portraits that no stage trains on, with their pictures: (list of Portrait, uint8 [count, 128, 128, 3])."""
     portraits = [Portrait.from_seed(HELD_OUT + start + i) for i in range(count)]
     return portraits, np.stack([draw(p) for p in portraits])
+
+
+def edit(seed):
+    """(a portrait, the same with one factor changed, the name of that factor)."""
+    rng, source = random.Random(f"edit {seed}"), Portrait.from_seed(seed)
+    name = rng.choice(list(FACTORS))
+    value = rng.choice([value for value in FACTORS[name] if value != getattr(source, name)])
+    return source, replace(source, **{name: value}), name
 
 
 def to_tensor(array, device):

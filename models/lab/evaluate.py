@@ -3,10 +3,12 @@
 Every figure here comes from held-out portraits or fresh noise; nothing is written by hand.
 """
 
+import functools
 import json
 import time
 
 import comfy.sample
+import node_helpers
 import numpy as np
 import torch
 
@@ -19,6 +21,7 @@ from .reader import load_reader
 from .reading import pair, reconstruct
 
 STEPS, CFG = 20, 5.0
+EDIT = dict(count=128, cfg=3.0)  # pictures that are edited, and how
 FLOW = dict(cfg=4.0, scheduler="simple")  # how the DiT is sampled
 
 
@@ -42,12 +45,26 @@ def sample(models, prompts, seed, **options):
 
 @torch.no_grad()
 def sample_noise(
-    models, prompts, noise, latent=None, steps=STEPS, cfg=CFG, sampler="euler", scheduler="normal", pooled=None
+    models,
+    prompts,
+    noise,
+    latent=None,
+    steps=STEPS,
+    cfg=CFG,
+    sampler="euler",
+    scheduler="normal",
+    pooled=None,
+    image=None,
 ):
-    """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler makes them from `latent` or an empty one."""
+    """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler makes them from `latent` or an empty one.
+
+    `image`: latents [B, 4, 16, 16] that both conditionings carry, for the model that edits.
+    """
     model, clip, decoder = models
     latent = torch.zeros_like(noise) if latent is None else latent
     conds = conditioning(clip, prompts, pooled), conditioning(clip, [""])
+    if image is not None:
+        conds = [node_helpers.conditioning_set_values(c, {"concat_latent_image": image}) for c in conds]
     run = dict(steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler, seed=0, disable_pbar=True)
     out = comfy.sample.sample(model, noise, positive=conds[0], negative=conds[1], latent_image=latent, **run)
     return decoder.decode(out).movedim(-1, 1).float()
@@ -101,6 +118,39 @@ def shown(reader, pictures, these, those):
     count = differ.sum(0).clamp(min=1)
     one, other = table((as_these & differ).sum(0) / count), table((as_those & differ).sum(0) / count)
     return {name: (one[name], other[name]) for name in FACTORS}
+
+
+@functools.cache
+def held_out_edits(count):
+    """Edits of portraits that no stage trains on: (sources' latents, instructions that name the changed factor alone,
+    the edited portraits, bool [count, factors] that marks the changed one, the edited pictures through the VAE)."""
+    made, autoencoder = [data.edit(data.HELD_OUT + 7000 + i) for i in range(count)], load_vae()
+    drawn = [torch.from_numpy(np.stack([draw(x[i]) for x in made])).float() / 255 for i in (0, 1)]
+    with torch.inference_mode():
+        images, truth = (autoencoder.encode(x) for x in drawn)
+        truth = autoencoder.decode(truth).movedim(-1, 1).float()
+    changed = torch.tensor([[name == factor for factor in FACTORS] for *_, name in made])
+    return images, [caption(edited, (name,)) for _, edited, name in made], [x[1] for x in made], changed, truth
+
+
+def edits(reader, models, count, seeds=1, **options):
+    """Edit pictures by a text -> shares of pictures that show the changed factor and the others, PSNR to the drawn
+    truth, identity (cosine) with it, per factor the share of its edits that show, and the pictures of all seeds."""
+    image, texts, portraits, changed, truth = held_out_edits(count)
+    made = [sample(models, texts, seed, image=image, **options).clamp(0, 1) for seed in range(seeds)]
+    seen = torch.stack([hits(reader, x, portraits) for x in made]).float().mean(0)
+    error = torch.stack([(x - truth).square().flatten(1).mean(1) for x in made])
+    with torch.no_grad():
+        face = reader(truth)[2]
+        same = torch.stack([(reader(x)[2] * face).sum(1) for x in made])
+    return {
+        "edited": float(seen[changed].mean()),
+        "kept": float(seen[~changed].mean()),
+        "PSNR": float(-10 * error.log10().mean()),
+        "identity": float(same.mean()),
+        "factors": table((seen * changed).sum(0) / changed.sum(0)),
+        "pictures": made,
+    }
 
 
 def auc(positive, negative):
@@ -167,6 +217,14 @@ def _unet(out):
     return rates
 
 
+def _edit(out):
+    found = edits(load_reader(), load_model("unet-edit"), **EDIT)
+    made = found.pop("pictures")[0]
+    sources = tensor(np.stack([draw(data.edit(data.HELD_OUT + 7000 + i)[0]) for i in range(16)]))
+    sheet(torch.cat([sources[:8], made[:8], sources[8:], made[8:16]]), out / "sheet_edit.jpg")
+    return {name: value if name == "factors" else round(value, 4) for name, value in found.items()}
+
+
 def _dit(out):
     rates, pictures = prompt_hits(load_reader(), load_model("dit"), PROMPTS, SEEDS, **FLOW)
     sheet(pictures[:40], out / "sheet_dit.jpg")
@@ -178,6 +236,7 @@ MEASURES = {
     "reader": lambda out: reader_report(load_reader()),
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
+    "unet-edit": _edit,
     "dit": _dit,
     "dit-weak": lambda out: prompt_hits(load_reader(), load_model("dit-weak"), PROMPTS, 1, **FLOW)[0],
     "leak": lambda out: leak(load_reader(), load_model("unet")),
@@ -199,5 +258,5 @@ def write_card(out, only=()):
         data.write_json(path, scores)
         print(name, json.dumps(value))
     if set(scores) == set(MEASURES):
-        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW)
+        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW, edit=EDIT)
         (out / "card.md").write_text(card(scores, last_rows(out / "training.csv"), **how))

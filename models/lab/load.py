@@ -1,6 +1,7 @@
 """The lab models as ordinary MODEL, CLIP and VAE objects of the host.
 
     MODEL  the host's UNetModel, eps-prediction, Stable Diffusion's noise schedule      unet.safetensors
+           or the host's InstructPix2Pix, the same taking an image as channels too      unet_edit.safetensors
            or the host's Flux, rectified flow                                           dit.safetensors
     CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
     VAE    the host's TAESD architecture                                                vae.safetensors
@@ -24,6 +25,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {
     "unet": "unet.safetensors",
     "unet-weak": "unet_weak.safetensors",
+    "unet-edit": "unet_edit.safetensors",
     "dit": "dit.safetensors",
     "dit-weak": "dit_weak.safetensors",
 }
@@ -47,6 +49,7 @@ UNET = dict(
     use_checkpoint=False,
     legacy=False,
 )
+EDIT = dict(in_channels=8)  # Lab-UNet that takes an image: its latent beside the noisy one
 TOKENS = 48  # context of the DiT; its cost grows with every token, and captions have 41 at most
 DIT = dict(
     image_model="flux",
@@ -115,11 +118,16 @@ class LabTextModel(comfy.sd1_clip.SD1ClipModel):
 
 
 def unet_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **changes):
-    """A BaseModel with uninitialised weights; `stats` are the latents' moments (see LabLatent)."""
+    """A BaseModel with uninitialised weights; `stats` are the latents' moments (see LabLatent).
+
+    With EDIT it is the host's SD15_instructpix2pix: as there, the image is given as the VAE encodes it, not whitened,
+    so that zeros are no image.
+    """
     config = LabConfig({**UNET, **changes})
     config.latent_format = LabLatent(stats)
     config.set_inference_dtype(dtype, manual_cast)
-    return comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device(device))
+    build = comfy.model_base.SD15_instructpix2pix if changes.items() >= EDIT.items() else comfy.model_base.BaseModel
+    return build(config, comfy.model_base.ModelType.EPS, device=torch.device(device))
 
 
 def dit_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **changes):
@@ -130,18 +138,25 @@ def dit_model(stats, dtype=torch.float32, manual_cast=None, device="cpu", **chan
     return comfy.model_base.Flux(config, device=torch.device(device))
 
 
+def latent_stats(which):
+    """Moments of the latents that one of MODELS was trained on."""
+    with safe_open(WEIGHTS / MODELS[which], "pt") as f:
+        return json.loads(f.metadata()["latents"])
+
+
 def load_unet(which="unet", disable_dynamic=False):
     """Any of MODELS -> ModelPatcher. Runs in the precision the host picks for its device (fp32 on a CPU)."""
-    mm, path = comfy.model_management, WEIGHTS / MODELS[which]
-    with safe_open(path, "pt") as f:
-        stats = json.loads(f.metadata()["latents"])
-    weights = load_file(path)
+    mm, edits = comfy.model_management, which == "unet-edit"
+    whole = "unet" if edits else which  # the file for edits holds only what differs from Lab-UNet
+    stats, weights = latent_stats(whole), load_file(WEIGHTS / MODELS[whole])
+    if edits:
+        weights |= load_file(WEIGHTS / MODELS[which])
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     supported = LabConfig.supported_inference_dtypes
     count = sum(w.numel() for w in weights.values())
     dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
     build = dit_model if which.startswith("dit") else unet_model
-    model = build(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload)
+    model = build(stats, dtype, mm.unet_manual_cast(dtype, device, supported), offload, **(EDIT if edits else {}))
     kind = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:
         kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)

@@ -10,6 +10,7 @@
     python models/lab/train.py dit                 Lab-DiT, on the UNet's text encoder
     python models/lab/train.py dit-weak            the same network for a few minutes
     python models/lab/train.py export              fp16 safetensors beside this file
+    python models/lab/train.py edit                teach the exported Lab-UNet to edit pictures; exports itself
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
@@ -24,10 +25,10 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "eval")
-MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5}
-PARTS = ("vae", "reader", "unet", "unet-weak", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
-         "dit-seconds", "megabytes")  # fmt: skip
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "eval")
+MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25}
+PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds",
+         "seconds", "dit-seconds", "megabytes")  # fmt: skip
 
 
 def arguments():
@@ -37,7 +38,7 @@ def arguments():
     parser.add_argument("--work", type=Path, default=work, help="checkpoints and data (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help=f"budget of a timed stage (default: {MINUTES})")
     parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="batch of vae (16), unet (48) or dit (48)")
+    parser.add_argument("--batch", type=int, help="batch of vae (16), unet (48), dit (48) or edit (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
@@ -70,6 +71,9 @@ def run(stage, o):
     elif stage == "export":
         weak = o.weak or min((p.name for p in o.work.glob("unet-*.ckpt")), key=lambda n: int(n[5:-5]))
         module("export").run(o.work, module("common").WEIGHTS, weak)
+    elif stage == "edit":
+        module("edit").build(o.work)
+        module("edit").train(o.work, 60 * (o.minutes or MINUTES["edit"]), o.batch or 32, seed=o.seed)
     elif stage == "eval":
         module("evaluate").write_card(module("common").WEIGHTS, o.only)
 

@@ -13,14 +13,15 @@ class LabModel(io.ComfyNode):
             "Flux, so every method can be tried and measured on it. Use a 128x128 empty latent.",
             search_aliases=[
                 "lab", "test model", "tiny model", "load lab", "checkpoint", "weak model", "autoguidance", "flux",
-                "dit", "rectified flow",
+                "dit", "rectified flow", "ip2p", "instructpix2pix", "edit",
             ],
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=["unet", "unet-weak", "dit", "dit-weak"],
+                    options=["unet", "unet-weak", "unet-edit", "dit", "dit-weak"],
                     tooltip="unet: the trained UNet. unet-weak: the same network early in its training, for methods "
-                    "that guide with a weaker sibling. dit: a small Flux, for methods on transformers and flows. "
+                    "that guide with a weaker sibling. unet-edit: edits the picture that InstructPixToPixConditioning "
+                    "brings, told what shall change. dit: a small Flux, for methods on transformers and flows. "
                     "dit-weak: the same, little trained.",
                 ),
             ],

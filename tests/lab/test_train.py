@@ -1,5 +1,6 @@
 """Every stage of the training runs, resumes and leaves nothing untrained; on 100 portraits and for seconds."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steer.models.lab import common, data, dit, latents, unet, vae
+from safetensors.torch import load_file
+from steer.models.lab import captions, common, data, dit, edit, latents, load, portrait, unet, vae
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,35 @@ def test_dit_trains_every_part_and_resumes(work):
     assert again["step"] > first["step"] and again["seconds"] >= 10
 
 
+def test_edit_trains_encoder_and_middle_resumes_and_exports(work):
+    edit.build(work, 7)
+    pairs = np.load(work / "edits.npy")
+    assert pairs.shape == (7, 2, 4, 16, 16) and np.ptp(pairs, axis=(2, 3, 4)).all()
+    edit.build(work, 7)  # what is there stays
+    assert np.array_equal(np.load(work / "edits.npy"), pairs)
+    edit.train(work, budget=4, batch=4)
+    first = torch.load(work / "unet-edit.ckpt", weights_only=True)
+    assert first["step"] > 3
+    edit.train(work, budget=6, batch=4)
+    again = torch.load(work / "unet-edit.ckpt", weights_only=True)
+    assert again["step"] > first["step"] and again["seconds"] >= 6
+    exported, shipped = load_file(work / "unet_edit.safetensors"), load_file(load.WEIGHTS / "unet.safetensors")
+    assert {name.split(".")[0] for name in exported} == set(edit.TRAINED)
+    assert exported.pop("input_blocks.0.0.weight")[:, 4:].any()  # the image's channels, zero before
+    assert [name for name, w in exported.items() if torch.equal(w, shipped[name])] == []
+
+
+def test_an_edit_is_told_by_what_changed():
+    rng = random.Random(0)
+    for seed in range(50):
+        source, edited, name = data.edit(seed)
+        assert [n for n in portrait.FACTORS if getattr(source, n) != getattr(edited, n)] == [name]
+        assert source.geometry == edited.geometry
+        said = captions.parse(", ".join(edit.instruction(edited, name, rng)))
+        assert said[name] == getattr(edited, name)
+        assert all(getattr(edited, n) == value for n, value in said.items())
+
+
 def test_times_cover_the_flow_and_dwell_in_its_middle():
     t = dit.times(4000, "cpu")
     assert 0 < t.min() < 0.03 and 0.97 < t.max() < 1
@@ -71,5 +102,5 @@ def test_vae_resumes(work):
 def test_the_command_explains_itself():
     command = [sys.executable, str(ROOT / "models" / "lab" / "train.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "eval"):
+    for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "edit", "eval"):
         assert stage in text
