@@ -12,6 +12,11 @@ Prompts name every factor of held-out portraits, so the truth can be drawn. Per 
     diversity   distance between pictures of one prompt and different seeds, in the reader's features
 and, without any prompt and without CFG,
     FD          Frechet distance between samples and drawn portraits in the reader's features: lower is more real
+and for edits of held-out portraits by a text that names nothing but one changed factor,
+    edited      share of pictures that show the changed factor
+    kept        share of all other factors that are as in the source
+    PSNR        to the drawn truth, the source with the change, as the VAE renders it
+    identity    of the face with that truth's, a cosine
 Writes the chosen tables into tests/bench/lab_guidance.md, and with the first one nodes/help/guidance.jpg.
 """
 
@@ -141,6 +146,14 @@ def without(word, steer=lambda model: model, prompts=32, seeds=4, **sampling):
         x = sample((steer(model), clip, vae), texts, seed, **sampling).clamp(0, 1)
         seen += [word in {value for value, _ in read.values()} for read in reader.read(x)]
     return sum(seen) / len(seen)
+
+
+def edit(steer=lambda model: model, prompts=32, seeds=4, **sampling):
+    """{figure: mean} of the lab's model that edits, steered; as models/lab/evaluate.py's `edits`."""
+    from steer.models.lab.evaluate import edits
+
+    (model, clip, vae), reader = lab("unet-edit")
+    return edits(reader, (steer(model), clip, vae), prompts, seeds, **sampling)
 
 
 def text(words):

@@ -1,6 +1,6 @@
 """What tests/bench/lab_guidance.py measures: tables of (name, run(prompts, seeds) -> {column: figure})."""
 
-from bench.lab_guidance import measure, text, unconditional, without
+from bench.lab_guidance import edit, measure, text, unconditional, without
 from steer.models.lab.load import load_model
 from steer.patches.guidance import (
     adaptiveguidance,
@@ -12,6 +12,7 @@ from steer.patches.guidance import (
     fdg,
     feedbackcfg,
     guidanceschedule,
+    instructpix2pix,
     negative,
     pag,
     rescale,
@@ -144,6 +145,16 @@ def negatives():
             yield f'negative "{words}", scale {scale:g}', run
 
 
+def two_scales():
+    for cfg in (1.5, 3.0, 5.0, 7.5):
+        for s_I in (1.0, 1.25, 1.5, 2.0):
+
+            def run(cfg=cfg, s_I=s_I, **size):
+                return edit(lambda m: instructpix2pix.apply(m, s_I, ALWAYS), **size, cfg=cfg)
+
+            yield f"CFG {cfg:g}, image_scale {s_I:g}", run
+
+
 TABLES = [
     ("High guidance, Lab-UNet", COLUMNS, high_cfg),
     ("Rows spared, Lab-UNet", COLUMNS, spared),
@@ -152,4 +163,5 @@ TABLES = [
     ("Lab-DiT, little trained", ("rows", "hits", "fit", "diversity"), dit_weak),
     ("Without prompt and without CFG, Lab-DiT, 8 steps, layer single.1", ("FD",), dit_unconditional),
     ("Share of pictures that show what a subtractive negative names", ("shown",), negatives),
+    ("InstructPix2Pix, Lab-UNet for edits", ("edited", "kept", "PSNR", "identity"), two_scales),
 ]
