@@ -1,12 +1,11 @@
 """Which column of one prompt's conditioning stands for which of another's, for Prompt-to-Prompt (Hertz et al. 2022,
 arXiv 2208.01626): words replaced, words put in or left out, words in another order."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from .words import Prompt
+from .words import Prompt, listed
 
 OPERATIONS = ("refine", "replace", "reorder")
 
@@ -133,14 +132,14 @@ def _equal(source, target):
 def _pairs(source, target, text):
     """For each stream {number of a target word: number of the source's} from "source: target, ..."."""
     found = [{} for _ in source.streams]
-    for part in filter(str.strip, re.split(r"[,\n]", text)):
+    for part in listed(text):
         left, colon, right = part.partition(":")
         if not colon:
-            raise ValueError(f'word_map "{part.strip()}" cannot be read; write for example "blue: red, #3: #5".')
+            raise ValueError(f'word_map "{part}" cannot be read; write for example "blue: red, #3: #5".')
         for places, its, mine in zip(found, source.places(left), target.places(right), strict=True):
             if len(its) != len(mine) or any(len(a) != len(b) for a, b in zip(its, mine, strict=True)):
                 raise ValueError(
-                    f'word_map "{part.strip()}": the prompts have it {len(its)} and {len(mine)} times, or in another '
+                    f'word_map "{part}": the prompts have it {len(its)} and {len(mine)} times, or in another '
                     'number of words; name single words by number ("#3: #5").'
                 )
             for a, b in zip(its, mine, strict=True):

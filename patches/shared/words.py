@@ -55,15 +55,17 @@ class Prompt:
     def words(self):
         return [text for text, _ in self.streams[0].words]
 
-    def places(self, name):
-        """For each stream the places of `name`, each a range of numbers of words; ValueError where there are none."""
-        words = [w.lower() for w in WORD.findall(name)]
-        number = re.fullmatch(r"\s*#(\d+)\s*", name)
-        if number:
+    def search(self, name):
+        """For each stream the places of `name`, each a range of numbers of words."""
+        if number := re.fullmatch(r"\s*#(\d+)\s*", name):
             i = int(number[1]) - 1
-            found = [[range(i, i + 1)] if 0 <= i < len(s.words) else [] for s in self.streams]
-        else:
-            found = [s.find(words) if words else [] for s in self.streams]
+            return [[range(i, i + 1)] if 0 <= i < len(s.words) else [] for s in self.streams]
+        words = [w.lower() for w in WORD.findall(name)]
+        return [s.find(words) if words else [] for s in self.streams]
+
+    def places(self, name):
+        """The same; ValueError, with the words there are, where the prompt does not have it."""
+        found = self.search(name)
         if not all(found):
             have = ", ".join(dict.fromkeys(self.words)) or "no words"
             raise ValueError(f'"{name.strip()}" is not in the prompt "{self.text.strip()}", which has: {have}.')
@@ -72,7 +74,7 @@ class Prompt:
     def find(self, names):
         """Columns of all words that `names` (commas between them) stand for; () where it is empty."""
         columns = set()
-        for name in filter(str.strip, re.split(r"[,\n]", names)):
+        for name in listed(names):
             for stream, places in zip(self.streams, self.places(name), strict=True):
                 columns.update(c for place in places for i in place for c in stream.words[i][1])
         return tuple(sorted(columns))
@@ -80,16 +82,21 @@ class Prompt:
     def weights(self, text):
         """A weight for each column, [columns], from "glasses: 1.5, hat: -0.5"; 1 where nothing is said."""
         weights = torch.ones(self.columns)
-        for part in filter(str.strip, re.split(r"[,\n]", text)):
+        for part in listed(text):
             name, _, value = part.rpartition(":")
             try:
                 weight = float(value)
             except ValueError:
                 weight = float("nan")
             if not name or not abs(weight) < float("inf"):
-                raise ValueError(f'weight "{part.strip()}" cannot be read; write it as in "glasses: 1.5, hat: -0.5".')
+                raise ValueError(f'weight "{part}" cannot be read; write it as in "glasses: 1.5, hat: -0.5".')
             weights[list(self.find(name))] = weight
         return weights
+
+
+def listed(text):
+    """What stands between commas or line breaks."""
+    return [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
 
 
 def encode(clip, text):

@@ -1,0 +1,62 @@
+"""Attention of the picture to its text, word by word, without ever holding a map of it: what a word gets is attention
+with that word's columns as the values."""
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import pad
+
+from .attention import plain
+
+FILL = 32  # multiple to which some networks (Z-Image) fill a text up, at its end
+
+
+def span(call):
+    """(first, last) of the keys that are text."""
+    return slice(*call.text).indices(call.k.shape[1])[:2]
+
+
+def on_keys(values, call, dim=-1):
+    """Values of a prompt's columns along `dim`, as the host has the columns among the text keys: repeated as a whole
+    to a common length in cross-attention, filled up at the end otherwise; there 0.
+
+    ValueError where the text is not that prompt's.
+    """
+    first, last = span(call)
+    n, tokens = values.shape[dim], last - first
+    if call.kind == "cross" and tokens % n == 0:
+        return values.repeat_interleave(1, dim) if tokens == n else torch.cat([values] * (tokens // n), dim)
+    if not 0 <= tokens - n < FILL:
+        raise ValueError(
+            f"layer {call.layer} sees {tokens} columns of text where the prompt has {n}; another node has changed the "
+            "conditioning: take it off, or wire the prompt as it was encoded."
+        )
+    return pad(values, (*(0, 0) * (-1 - dim if dim < 0 else values.ndim - 1 - dim), 0, tokens - n))
+
+
+def to_text(call):
+    """The call of the image's queries to the text's keys alone: a softmax over the text."""
+    if call.kind == "cross":
+        return call
+    keys, queries = slice(*span(call)), slice(*slice(*call.image).indices(call.q.shape[1])[:2])
+    mask = call.mask
+    if mask is not None:
+        mask = mask[..., keys]
+        mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
+    q, k, v = call.q[:, queries], call.k[:, keys], call.v[:, keys]
+    return replace(call, q=q, k=k, v=v, mask=mask, kind="cross", text=(0, None), image=(0, None))
+
+
+def valued(call, columns):
+    """The call with the same value for all channels of a key: `columns` [b or 1, keys]."""
+    return replace(call, v=columns.to(call.v)[..., None].expand(*call.v.shape).contiguous())
+
+
+def attention_to(call, columns, attend=plain):
+    """How much the image attends to columns of its text, the mean of the heads: [b, places].
+
+    columns: [b or 1, columns of the prompt], weights.  Where text and image share one attention, of the softmax over
+    the text alone.
+    """
+    text = to_text(call)
+    return attend(valued(text, on_keys(columns, text))).float().mean(-1)
