@@ -47,9 +47,11 @@ def read(path):
 
 
 def write(path, intro, titles, made):
-    """Puts `made`, {title: text}, beside those of `titles` that the file holds by now, in their order."""
+    """Puts `made`, {title: text}, beside what the file holds by now, in the order of `titles`, then what is not among
+    them: a table that a newer state of the command made."""
     made = {**read(path), **made}
-    sections = (f"\n## {title}\n\n{made[title]}\n" for title in titles if title in made)
+    order = [*(title for title in titles if title in made), *(title for title in made if title not in titles)]
+    sections = (f"\n## {title}\n\n{made[title]}\n" for title in order)
     part = path.with_name(f"{path.name}.{os.getpid()}")  # nobody reads half a file
     part.write_text(f"{intro}\n" + "".join(sections), encoding="utf-8")
     os.replace(part, path)
