@@ -11,9 +11,10 @@ from .architectures import adapter_of, hold, needs_hooks
 from .attention import perturb
 from .beside import BESIDE, edit_features, run_beside
 from .control import Shared, residuals, whole
+from .mirror import mirrors_of
 from .rows import Edited, Rows, Unit
 from .run import weak_uuid
-from .steering import CALL, IDLE, ROLES, RUN, Other, Source, Text, Weak, with_roles
+from .steering import CALL, IDLE, ROLES, RUN, Other, Source, Text, Weak, overrides, with_roles
 
 COUPLING = "nag"  # in the name of a patch that lets rows of one batch act on each other
 
@@ -72,13 +73,18 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         )
     call, size = options.get(CALL), x.shape[0]
     units = _units(run, call, options, size)
-    edits, skips = _edits(run, call, units)
+    edits, skips, mirrors = _edits(run, call, units)
     features = _features(run, call)
     keeps = _keeps(call, units)
     rows, held, added = None, nullcontext(), control
+    for term, weight, _ in call.active if call else ():
+        if overrides(term, "pooled") and kwargs.get("y") is not None:
+            width = size // len(units)
+            places = [(unit.role, slice(n * width, (n + 1) * width)) for n, unit in enumerate(units)]
+            kwargs["y"] = term.pooled(kwargs["y"], places, call, weight)
     if edits or skips or features or any(unit.joins for unit in units):
         options = dict(options)
-        rows = Rows(options, units, x.shape, edits, skips, features, keeps, call and call.source)
+        rows = Rows(options, units, x.shape, edits, skips, features, keeps, call and call.source, mirrors)
         adapter = adapter_of(run.model.model)
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")
@@ -155,7 +161,8 @@ def _single_rows(run, units, size, positive):
 
 
 def _edits(run, call, units):
-    """{(layer, kind): {role: [Edited]}} and {layer: {roles that leave it out}} for what is in this batch."""
+    """{(layer, kind): {role: [Edited]}}, {layer: {roles that leave it out}} and {layer: {roles that mirror}} for what
+    is in this batch."""
     edits, skips = {}, {}
     roles = dict.fromkeys(unit.role for unit in units)
     targets = [role for role in roles if role != IDLE and not (call and role in call.source_roles)]
@@ -177,7 +184,13 @@ def _edits(run, call, units):
                 else:
                     at = edits.setdefault((layer, "self"), {})
                     at.setdefault(role, []).append(Edited(partial(perturb, role.edit)))
-    return edits, skips
+    if any(isinstance(role, Text) and role.mirrors for role in roles):
+        blocks = adapter_of(run.model.model).blocks(run.model.get_model_object("diffusion_model"))
+        mirrors, left_out = mirrors_of(roles, edits, blocks)
+        for layer, those in left_out.items():
+            skips.setdefault(layer, set()).update(those)
+        return edits, skips, mirrors
+    return edits, skips, {}
 
 
 def _edited(node, edit, target, beside, **options):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .layers import Layer
+from .mirror import mirrored
 
 KINDS = {"joint": ("self", "cross")}  # kinds of edits that act on an attention
 
@@ -28,6 +29,7 @@ class Block:
     streams: names of the forward's arguments that hold the hidden states, in the order of its outputs.
     attends: holds the self-attention of its layer.  skippable: what comes out has the shape of what went in.
     arguments: names of the forward's first arguments, where its signature does not tell.
+    image: the stream that holds image tokens alone, "" where there is none.
     residual: the module inside that puts out what the block adds to what went in, where that can be edited.
     """
 
@@ -37,6 +39,7 @@ class Block:
     attends: bool = True
     skippable: bool = True
     arguments: tuple[str, ...] = ()
+    image: str = ""
     residual: torch.nn.Module | None = None
 
 
@@ -77,12 +80,13 @@ class Rows:
     units: the whole batch, in order.  shape: of the latent in it.
     edits: {(Layer, kind): {role: [Edited]}} of attention.  skips: {Layer: {role}}, blocks that these roles leave out.
     features: {Layer or Residual: [edit]} of what blocks put out or add, edit(h, rows) -> h.
+    mirrors: {Layer: {role}}, whose image tokens are the positive's as they enter the block.
     kept: where attention of the roles `keeps` is left for forwards that follow, {(Layer, kind, depth, role): AttnCall}.
     """
 
-    def __init__(self, options, units, shape, edits, skips, features=None, keeps=(), kept=None):
+    def __init__(self, options, units, shape, edits, skips, features=None, keeps=(), kept=None, mirrors=None):
         self.units, self.shape, self.edits, self.skips = units, tuple(shape), edits, skips
-        self.features, self.keeps, self.kept = features or {}, keeps, kept
+        self.features, self.keeps, self.kept, self.mirrors = features or {}, keeps, kept, mirrors or {}
         self.size = size = shape[0] // len(units)  # rows per unit
         self.joins = sorted({0, *(unit.joins for unit in units)})
         everyone = tuple(range(len(units)))
@@ -215,6 +219,8 @@ class Rows:
             self.enter(depth, block)
             args = tuple(self.conform(value) for value in args)
             kwargs = {name: self.conform(value) for name, value in kwargs.items()}
+            if block and block.layer in self.mirrors:
+                args, kwargs = mirrored(self, block, names, args, kwargs)
             if block:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self.streams = {name: given.get(name) for name in block.streams}

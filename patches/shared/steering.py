@@ -54,11 +54,14 @@ class Text:
     """Another conditioning through the same network; the host prepares it with the others when the run starts.
 
     conds: guider -> the conditioning as the host's `convert_cond` gives it.
+    mirrors: it is asked about the positive's picture: its image tokens are the positive's as they enter each block, up
+        to the last in which an `Attention` reads it; there it ends, and its prediction means nothing.
     """
 
     name: str
     digest: str  # equal digests are one prediction
     conds: Callable = field(compare=False, repr=False)
+    mirrors: bool = False
 
     def __str__(self):
         return f"text:{self.name}-{self.digest}"
@@ -149,6 +152,10 @@ class Term:
         h: [b, C, H, W], rows of one cond of the target.  source: the same of the source beside it (`Source`), or None.
         """
         return ()
+
+    def pooled(self, y, rows, call, weight):
+        """The pooled texts [rows of the forward, D] in place of `y`. rows: [(role, slice)], one per cond."""
+        return y
 
     def level(self, cfg, weight, run):
         """The cfg of this evaluation in place of `cfg`; 1 spares the negative."""

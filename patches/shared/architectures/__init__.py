@@ -93,7 +93,7 @@ def adapter_of(model):
 
 def needs_hooks(adapter, rows):
     inside = any(isinstance(place, Residual) for place in rows.features)
-    return bool(rows.shares or rows.skips or inside or (rows.edits and adapter.tagged))
+    return bool(rows.shares or rows.skips or rows.mirrors or inside or (rows.edits and adapter.tagged))
 
 
 @contextmanager

@@ -21,7 +21,8 @@ def sharable(diffusion_model):
 
 
 def blocks(diffusion_model):
-    double = (Block(Layer("double", i), b, ("img", "txt")) for i, b in enumerate(diffusion_model.double_blocks))
+    pairs, streams = enumerate(diffusion_model.double_blocks), ("img", "txt")
+    double = (Block(Layer("double", i), b, streams, image="img") for i, b in pairs)
     single = (Block(Layer("single", i), b, ("x",)) for i, b in enumerate(diffusion_model.single_blocks))
     return (*double, *single)
 

@@ -19,8 +19,8 @@ def sharable(diffusion_model):
 
 
 def blocks(diffusion_model):
-    streams = ("encoder_hidden_states", "hidden_states")
-    return tuple(Block(Layer("double", i), b, streams) for i, b in enumerate(diffusion_model.transformer_blocks))
+    streams, blocks = ("encoder_hidden_states", "hidden_states"), diffusion_model.transformer_blocks
+    return tuple(Block(Layer("double", i), b, streams, image="hidden_states") for i, b in enumerate(blocks))
 
 
 def tail(diffusion_model):

@@ -22,7 +22,8 @@ def blocks(diffusion_model):
     """The joint attention of a block comes before the one over the image alone that SD3.5 medium adds (attn2)."""
     streams = ("context", "x")
     return tuple(
-        Block(Layer("double", i), b, streams, arguments=streams) for i, b in enumerate(diffusion_model.joint_blocks)
+        Block(Layer("double", i), b, streams, arguments=streams, image="x")
+        for i, b in enumerate(diffusion_model.joint_blocks)
     )
 
 
