@@ -1,0 +1,165 @@
+"""Looks kept while the layout changes, and the layout kept while looks change, on the lab's trained models.
+
+    python tests/bench/lab_layout.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3 4]
+
+Held-out portraits, inverted under their captions and drawn again at cfg 2.5 under a prompt that says what is new and
+leaves the rest open. Every set has portraits of its own. Share of factors that the reader finds as they should be:
+moved   the prompt has another position and names style and expression beside it
+    moved     the position
+    looks     ten others, as in the source
+recoloured   the prompt has other colours of hair, shirt and background and names style, expression and skin beside them
+    new       the three colours
+    layout    position, shape of the hair, glasses, hat and pattern, as in the source
+    geometry  mean error of the six measures of the face, each from -1 to 1
+Of both: identity, the similarity of the face to the source's; 1 is the same.
+Writes tests/bench/lab_layout.md.
+"""
+
+import sys
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import host  # noqa: E402
+from bench.lab_editing import redraw  # noqa: E402
+from bench.lab_inversion_edit import CFG, Case  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
+
+RESULTS = Path(__file__).with_suffix(".md")
+COLOURS = ("hair_color", "shirt", "background")
+SHAPES = ("position", "hair_style", "glasses", "hat", "pattern")
+INTRO = (
+    "# Layout and looks, on the lab\n\nEach table says by which command it was made; what the columns mean is said at "
+    f"the top of `tests/bench/lab_layout.py`. Cfg {CFG}, euler, from the inverted noise."
+)
+
+
+class Layout(Case):
+    """Portraits with another position, or other colours: `edits` and their short prompts `after`."""
+
+    def __init__(self, which, portraits, first, change):
+        import torch
+        from steer.models.lab.captions import caption
+        from steer.models.lab.evaluate import conditioning
+        from steer.models.lab.load import load_clip
+        from steer.models.lab.portrait import FACTORS, GEOMETRY
+
+        super().__init__(which, portraits, first)
+        self.change = ("position",) if change == "moved" else COLOURS
+
+        def other(name, value):
+            values = FACTORS[name]
+            return values[(values.index(value) + 1) % len(values)]
+
+        self.edits = [replace(p, **{n: other(n, getattr(p, n)) for n in self.change}) for p in self.sources]
+        named = ("style", "expression", *self.change, *(() if change == "moved" else ("skin",)))
+        self.after = conditioning(load_clip(which), [caption(e, named) for e in self.edits])
+        self.shape = torch.tensor([[getattr(p, name) for name in GEOMETRY] for p in self.sources])
+        self.kept = SHAPES if change == "recoloured" else tuple(name for name in FACTORS if name != "position")
+
+    def masks(self):
+        """Of the head, [B, H, W], in the sources and where it shall be."""
+        import numpy as np
+        import torch
+        from steer.models.lab.portrait import draw_masks
+
+        return [
+            torch.from_numpy(np.stack([1 - draw_masks(p)["background"] for p in people]))
+            for people in (self.sources, self.edits)
+        ]
+
+    def measure(self, latent):
+        import torch
+
+        with torch.inference_mode():
+            x = self.show(latent)
+            read, (_, shape, face) = self.reader.read(x), self.reader(x)
+
+        def share(names):
+            found = [[r[name][0] == getattr(e, name) for name in names] for r, e in zip(read, self.edits, strict=True)]
+            return torch.tensor(found).float().mean(1)
+
+        identity, geometry = (face * self.faces).sum(1), (shape - self.shape).abs().mean(1)
+        if self.change == ("position",):
+            return {"moved": share(self.change), "looks": share(self.kept), "identity": identity}
+        return {
+            "new": share(self.change), "layout": share(self.kept), "geometry": geometry, "identity": identity,
+        }
+
+
+@cache
+def layout(which, portraits, first, change):
+    return Layout(which, portraits, first, change)
+
+
+def masactrl(lab, path, layers="auto", start=0.08, masked=False):
+    from steer.patches.attention import masactrl as method
+    from steer.patches.shared.schedule import Schedule
+
+    there, here = lab.masks() if masked else (None, None)
+    return method.apply(lab.model, path, 1.0, layers, Schedule(start, 1.0), None, there, here)
+
+
+def plugandplay(lab, path, layers="auto", end=0.5, features="auto", features_end=0.8):
+    from steer.patches.attention import plugandplay as method
+    from steer.patches.shared.schedule import Schedule
+
+    return method.apply(lab.model, path, layers, Schedule(0.0, end), features, Schedule(0.0, features_end))
+
+
+MOVED = {  # setting: (models, options of masactrl)
+    "re-prompt, same noise": (("unet", "dit"), None),
+    "MasaCtrl": (("unet", "dit"), {}),
+    "MasaCtrl from 30 %": (("unet", "dit"), {"start": 0.3}),
+    "MasaCtrl, masks drawn": (("unet", "dit"), {"masked": True}),
+    "MasaCtrl, output.2-3": (("unet",), {"layers": "output.2-3"}),
+    "MasaCtrl, output.0-1": (("unet",), {"layers": "output.0-1"}),
+    "MasaCtrl, single.2-4": (("dit",), {"layers": "single.2-4"}),
+    "MasaCtrl, all layers": (("dit",), {"layers": "0%-100%"}),
+}
+RECOLOURED = {
+    "re-prompt, same noise": (("unet", "dit"), None),
+    "Plug-and-Play": (("unet", "dit"), {}),
+    "q and k alone": (("unet",), {"features_end": 0.0}),
+    "features alone": (("unet",), {"end": 0.0}),
+    "q and k to 80 %": (("unet", "dit"), {"end": 0.8}),
+    "q and k in all layers": (("unet", "dit"), {"layers": "0%-100%"}),
+}
+
+
+def measured(which, change, portraits, sets, steps):
+    """Rows of one table."""
+    import torch
+    from bench.lab_editing import trajectory
+
+    settings, method = (MOVED, masactrl) if change == "moved" else (RECOLOURED, plugandplay)
+    labs = [layout(which, portraits, 9000 + 1000 * n, change) for n in range(sets)]
+    for name, (models, options) in settings.items():
+        if which in models:
+            found = [row(lab, steps, method, options, trajectory(lab, steps)) for lab in labs]
+            yield name, {column: float(torch.cat([each[column] for each in found]).mean()) for column in found[0]}
+
+
+def row(lab, steps, method, options, path):
+    return lab.measure(redraw(lab, steps, lab.model if options is None else method(lab, path, **options)))
+
+
+COLUMNS = {"moved": ("moved", "looks", "identity"), "recoloured": ("new", "layout", "geometry", "identity")}
+NAMES = {"unet": "Lab-UNet", "dit": "Lab-DiT"}
+TABLES = [
+    (f"{change.capitalize()}, {NAMES[which]}", columns, partial(measured, which, change))
+    for change, columns in COLUMNS.items() for which in NAMES
+]
+
+
+def main():
+    size, numbers = arguments(__doc__, portraits=32, sets=4, steps=20)
+    host.enter()
+    host.load_pack()
+    make(RESULTS, INTRO, TABLES, size, numbers)
+
+
+if __name__ == "__main__":
+    main()
