@@ -1,6 +1,7 @@
-"""Looks kept while the layout changes, and the layout kept while looks change, on the lab's trained models.
+"""Looks kept while the layout changes, the layout while looks change, the rest while a part is painted anew: on the
+lab's trained models.
 
-    python tests/bench/lab_layout.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3 4]
+    python tests/bench/lab_layout.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3 4 5 6]
 
 Held-out portraits, inverted under their captions and drawn again at cfg 2.5 under a prompt that says what is new and
 leaves the rest open. Every set has portraits of its own. Share of factors that the reader finds as they should be:
@@ -11,7 +12,11 @@ recoloured   the prompt has other colours of hair, shirt and background and name
     new       the three colours
     layout    position, shape of the hair, glasses, hat and pattern, as in the source
     geometry  mean error of the six measures of the face, each from -1 to 1
-Of both: identity, the similarity of the face to the source's; 1 is the same.
+repainted   the prompt has another hair colour, hat or expression, or glasses on or off, and names the style beside it;
+the mask is the region where the drawn portraits differ
+    edited    the new factor;  others  the rest, as in the source
+    outside   PSNR to the source, in dB, outside of the region;  truth  PSNR to the drawn truth
+Of all: identity, the similarity of the face to the source's; 1 is the same.
 Writes tests/bench/lab_layout.md.
 """
 
@@ -23,7 +28,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
-from bench.lab_editing import redraw  # noqa: E402
+from bench.lab_editing import figures, redraw, with_outside  # noqa: E402
 from bench.lab_inversion_edit import CFG, Case  # noqa: E402
 from bench.tables import arguments, make  # noqa: E402
 
@@ -47,7 +52,12 @@ class Layout(Case):
         from steer.models.lab.portrait import FACTORS, GEOMETRY
 
         super().__init__(which, portraits, first)
-        self.change = ("position",) if change == "moved" else COLOURS
+        self.name, self.change = change, ("position",) if change == "moved" else COLOURS
+        if change == "repainted":
+            pairs = zip(self.edits, self.factors, strict=True)
+            self.after = conditioning(load_clip(which), [caption(e, ("style", factor)) for e, factor in pairs])
+            with_outside(self)
+            return
 
         def other(name, value):
             values = FACTORS[name]
@@ -73,6 +83,9 @@ class Layout(Case):
     def measure(self, latent):
         import torch
 
+        if self.name == "repainted":
+            found = figures(self, latent)
+            return {**found, "others": found["kept"]}
         with torch.inference_mode():
             x = self.show(latent)
             read, (_, shape, face) = self.reader.read(x), self.reader(x)
@@ -82,7 +95,7 @@ class Layout(Case):
             return torch.tensor(found).float().mean(1)
 
         identity, geometry = (face * self.faces).sum(1), (shape - self.shape).abs().mean(1)
-        if self.change == ("position",):
+        if self.name == "moved":
             return {"moved": share(self.change), "looks": share(self.kept), "identity": identity}
         return {
             "new": share(self.change), "layout": share(self.kept), "geometry": geometry, "identity": identity,
@@ -109,6 +122,19 @@ def plugandplay(lab, path, layers="auto", end=0.5, features="auto", features_end
     return method.apply(lab.model, path, layers, Schedule(0.0, end), features, Schedule(0.0, features_end))
 
 
+def region(lab):
+    """Where source and drawn truth differ, [B, H, W]: what a user would paint."""
+    return 1 - lab.outside[:, 0]
+
+
+def kvreuse(lab, path, bonus=0.0, alone=False, **options):
+    """alone: without a look at the source."""
+    from steer.patches.attention import kvreuse as method
+    from steer.patches.shared.schedule import Schedule
+
+    return method.apply(lab.model, path, region(lab), bonus, "auto", Schedule(0.0, 0.0 if alone else 1.0), **options)
+
+
 MOVED = {  # setting: (models, options of masactrl)
     "re-prompt, same noise": (("unet", "dit"), None),
     "MasaCtrl": (("unet", "dit"), {}),
@@ -129,12 +155,24 @@ RECOLOURED = {
 }
 
 
+REPAINTED = {
+    "re-prompt, same noise": (("unet", "dit"), None),
+    "Keep Region": (("unet", "dit"), {"alone": True}),
+    "KV Reuse": (("unet", "dit"), {}),
+    "KV Reuse, attention scale 1": (("unet", "dit"), {"bonus": 1.0}),
+    "KV Reuse, attention scale -1": (("unet", "dit"), {"bonus": -1.0}),
+    "Keep Region, re_init": (("unet", "dit"), {"alone": True, "re_init": True}),
+    "KV Reuse, re_init": (("unet", "dit"), {"re_init": True}),
+}
+METHODS = {"moved": (MOVED, masactrl), "recoloured": (RECOLOURED, plugandplay), "repainted": (REPAINTED, kvreuse)}
+
+
 def measured(which, change, portraits, sets, steps):
     """Rows of one table."""
     import torch
     from bench.lab_editing import trajectory
 
-    settings, method = (MOVED, masactrl) if change == "moved" else (RECOLOURED, plugandplay)
+    settings, method = METHODS[change]
     labs = [layout(which, portraits, 9000 + 1000 * n, change) for n in range(sets)]
     for name, (models, options) in settings.items():
         if which in models:
@@ -146,7 +184,11 @@ def row(lab, steps, method, options, path):
     return lab.measure(redraw(lab, steps, lab.model if options is None else method(lab, path, **options)))
 
 
-COLUMNS = {"moved": ("moved", "looks", "identity"), "recoloured": ("new", "layout", "geometry", "identity")}
+COLUMNS = {
+    "moved": ("moved", "looks", "identity"),
+    "recoloured": ("new", "layout", "geometry", "identity"),
+    "repainted": ("edited", "others", "outside", "truth", "identity"),
+}
 NAMES = {"unet": "Lab-UNet", "dit": "Lab-DiT"}
 TABLES = [
     (f"{change.capitalize()}, {NAMES[which]}", columns, partial(measured, which, change))
