@@ -2,6 +2,7 @@
 
 from bench.lab_editing import redraw, trajectory
 from bench.lab_inversion_edit import editfriendly, flowedit, sdedit
+from bench.lab_layout import kvreuse, masactrl, plugandplay
 from steer.patches.inversion import directinversion
 from steer.patches.shared.schedule import Schedule
 
@@ -27,4 +28,12 @@ SETTINGS = [
     ("FlowEdit, last 80 %", BOTH, last(0.8, flowedit)),
     ("edit-friendly, last 80 %", BOTH, last(0.8, editfriendly)),
     ("direct inversion 0.75", BOTH, steered(lambda lab, path: directinversion.apply(lab.model, path, 0.75, ALWAYS))),
+    ("MasaCtrl", BOTH, steered(masactrl)),
+    ("MasaCtrl from 30 %", BOTH, steered(lambda lab, path: masactrl(lab, path, start=0.3))),
+    ("Plug-and-Play", BOTH, steered(plugandplay)),
+    ("Plug-and-Play to 30 %", BOTH, steered(lambda lab, path: plugandplay(lab, path, end=0.3, features_end=0.3))),
+    ("Keep Region, the true one", BOTH, steered(lambda lab, path: kvreuse(lab, path, alone=True))),
+    ("KV Reuse, the true region", BOTH, steered(kvreuse)),
+    ("KV Reuse, attention scale 1", BOTH, steered(lambda lab, path: kvreuse(lab, path, 1.0))),
+    ("KV Reuse, re_init", BOTH, steered(lambda lab, path: kvreuse(lab, path, re_init=True))),
 ]
