@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from ..shared.architectures import editable_layers
-from ..shared.beside import source_of
-from ..shared.conditioning import digest, refuse_hooks
+from ..shared.conditioning import digest
 from ..shared.mask import fit
 from ..shared.slerp import slerp as arc
+from ..shared.source import covers, source_from
 from ..shared.steering import Source, Term, blame, number, steer
 
 TINY = 1e-12
@@ -63,15 +63,7 @@ class InjectFusion(Term):
         return super().off or self.gamma == 0.0
 
     def prepare(self, run):
-        trajectory = self.source.trajectory
-        items = trajectory.latents.shape[1]
-        trajectory.check(run.model, (items if items == 1 else run.size, *run.shape[1:]))
-        highest, start = float(trajectory.sigmas[0]), float(run.sigmas[0])
-        if start > highest * (1 + 1e-4):
-            raise ValueError(
-                f"the sampler starts at sigma {start:.4g}, and the content was inverted to {highest:.4g} only; invert "
-                "it with the sampler's steps, scheduler and denoise."
-            )
+        covers(self.source, run)
         if self.mask is not None:
             fit(self.mask, run.shape)
 
@@ -91,11 +83,7 @@ class InjectFusion(Term):
 
 def apply(model, content, gamma, schedule, mode="slerp", layers="middle", mask=None, source=None):
     with blame(InjectFusion):
-        conditioning = content.conditioning if source is None else source
-        if not conditioning:
-            raise ValueError("the content has no prompt: its trajectory was saved without one; wire source.")
-        refuse_hooks(conditioning)
-        content.check(model)
+        branch = source_from(model, content, source)
     region = "" if mask is None else digest(mask)
-    term = InjectFusion(schedule, source_of(conditioning, content), gamma, mode, layers, region, mask)
+    term = InjectFusion(schedule, branch, gamma, mode, layers, region, mask)
     return steer(model, term)

@@ -3,10 +3,9 @@
 import logging
 from dataclasses import dataclass
 
-from ..shared.beside import source_of
 from ..shared.combine import spare
-from ..shared.conditioning import refuse_hooks
 from ..shared.euler import next_sigma, only_euler
+from ..shared.source import source_from
 from ..shared.steering import Source, Term, blame, in_order, number, overrides, steer
 
 GUIDANCE = ("instead", "reshape", "scale", "add", "transform", "step")  # places that leave plain CFG
@@ -70,9 +69,5 @@ class DirectInversion(Term):
 
 def apply(model, trajectory, o, schedule, source=None):
     with blame(DirectInversion):
-        conditioning = trajectory.conditioning if source is None else source
-        if not conditioning:
-            raise ValueError("there is no source prompt: the trajectory was saved without one; wire source.")
-        refuse_hooks(conditioning)
-        trajectory.check(model)
-    return steer(model, DirectInversion(schedule, source_of(conditioning, trajectory), o))
+        branch = source_from(model, trajectory, source)
+    return steer(model, DirectInversion(schedule, branch, o))

@@ -202,7 +202,7 @@ def test_bad_input_raises_before_sampling():
         (dict(layers="middle.7"), 'no layer "middle.7"; this model has'),
         (dict(mask=torch.zeros(1, 8, 8)), "the mask is empty"),
         (dict(content=path(other)), "another model: prediction .*V_PREDICTION"),
-        (dict(content=path(model, conditioning=[])), "no prompt: .* wire source"),
+        (dict(content=path(model, conditioning=[])), "there is no source prompt: .* wire source"),
     ):
         with pytest.raises(ValueError, match=f"SteerInjectFusion: .*{words}"):
             steered(model, **options)
