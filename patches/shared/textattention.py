@@ -36,15 +36,20 @@ def on_keys(values, call, dim=-1):
 
 def to_text(call):
     """The call of the image's queries to the text's keys alone: a softmax over the text."""
-    if call.kind == "cross":
+    if call.kind == "cross" or call.text == (0, None):
         return call
-    keys, queries = slice(*span(call)), slice(*slice(*call.image).indices(call.q.shape[1])[:2])
+    keys = slice(*span(call))
+    asked = asking(call, slice(*slice(*call.image).indices(call.q.shape[1])))
+    mask = None if asked.mask is None else asked.mask[..., keys]
+    return replace(asked, k=call.k[:, keys], v=call.v[:, keys], mask=mask, text=(0, None), image=(0, None))
+
+
+def asking(call, queries):
+    """The call of some of its queries, a slice or a tensor of numbers."""
     mask = call.mask
-    if mask is not None:
-        mask = mask[..., keys]
-        mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
-    q, k, v = call.q[:, queries], call.k[:, keys], call.v[:, keys]
-    return replace(call, q=q, k=k, v=v, mask=mask, kind="cross", text=(0, None), image=(0, None))
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., queries, :]
+    return replace(call, q=call.q[:, queries], mask=mask)
 
 
 def valued(call, columns):

@@ -1,0 +1,234 @@
+"""Prompt-to-Prompt (Hertz et al. 2022, arXiv 2208.01626): the attention of a source picture under another prompt.
+
+The paper's maps are never made: what it does to them is linear in the values, so it is attention with other values.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch.nn.functional import interpolate, max_pool2d, pad
+
+from ..inversion.keepregion import Guider
+from ..shared.alignment import align
+from ..shared.architectures import self_attention_layers
+from ..shared.attention import Attention, image_from, plain
+from ..shared.conditioning import digest
+from ..shared.schedule import Schedule
+from ..shared.source import covers, source_from
+from ..shared.steering import RUN, Source, Term, blame, number, steer
+from ..shared.textattention import asking, attention_to, on_keys, span, to_text, valued
+from ..shared.words import encode, listed
+from .wordmask import ALL, Maps
+
+KEY = "steer.prompttoprompt"
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Edit(Term):
+    """What the parts of the method have in common; only rows under the positive text are edited."""
+
+    source: Source = None
+    layers: str = "auto"
+    words: str = ""  # tells edits apart
+    node = "SteerPromptToPrompt"
+    edits = True
+    exclusive = True
+
+    def prepare(self, run):
+        covers(self.source, run)
+
+    def branches(self, model):
+        return (self.source,)
+
+    def on(self, model, kind, edit, sets=()):
+        layers = self_attention_layers(model, self.layers, ALL)
+        return (Attention(kind, layers, edit, sets, (self.source,), negative=False),)
+
+
+@dataclass(frozen=True)
+class SelfReplace(Edit):
+    """SDPA(q_s, k_s, v_t): places of the target attend to each other as the source's do. "auto" leaves out layers with
+    more than a quarter of the latent's places, as the official code does."""
+
+    def attention(self, model):
+        return self.on(model, "self", self.edit, ("queries", "keys"))
+
+    def edit(self, target, beside, attend, call, weight, role):
+        return attend(self.replaced(*beside, target))
+
+    def replaced(self, source, target):
+        large = self.layers.strip() == "auto" and 4 * target.places > prod(target.shape[2:])
+        return target if large else image_from(source, target, "qk")
+
+
+@dataclass(frozen=True)
+class CrossReplace(Edit):
+    """a (c alpha A_s c_s M + c (1 - alpha) A_t) + (1 - a) A_t in place of the map A_t from places to words, times v:
+
+        SDPA(q_s, k_s, c_s M (w_s v)) + SDPA(q_t, k_t, w_t v),  w_s = a c alpha,  w_t = a c (1 - alpha) + 1 - a
+
+    M, alpha: as in `Alignment`, [b, source columns, target columns] and [b, target columns].
+    c, c_s: weights of the target's and the source's columns.  a: the schedule's weight.
+    Rows are not normalised again, as in the official code. Where text and image share one attention, only the image
+    asks, and A_s is the softmax over the source's text alone; it shares out what of its attention the target has for
+    words with a counterpart, and nothing else changes. Its masses are those of its own keys.
+    """
+
+    M: torch.Tensor = field(default=None, compare=False, repr=False)
+    alpha: torch.Tensor = field(default=None, compare=False, repr=False)
+    c: torch.Tensor = field(default=None, compare=False, repr=False)
+    c_s: torch.Tensor = field(default=None, compare=False, repr=False)
+    positive: list = field(default=None, compare=False, repr=False)  # CONDITIONING whose columns M knows
+    layout: SelfReplace = field(default=None, compare=False, repr=False)  # at work in the same attention
+
+    def prepare(self, run):
+        super().prepare(run)
+        mine = self.positive[0][0]
+        for cond in run.guider.original_conds["positive"]:
+            given = cond.get("cross_attn")
+            if given is None or given.shape != mine.shape or not torch.equal(given.to(mine), mine):
+                raise ValueError(
+                    "the guider's positive is not the edited prompt; wire the positive output of this node to it, so "
+                    "that words are found where they are."
+                )
+
+    def attention(self, model):
+        return self.on(model, "cross", self.edit, ("map",))
+
+    def edit(self, target, beside, attend, call, weight, role):
+        (source,), text = beside, to_text(target)
+        M, alpha, c, c_s = (t.to(text.v) for t in (self.M, self.alpha, self.c, self.c_s))
+        w_s, w_t = weight * c * alpha, weight * c * (1 - alpha) + (1 - weight)
+        with blame(self):
+            its = to_text(source)
+            words = text.v[:, : alpha.shape[1]]  # the first time, where they are repeated
+            theirs = plain(replace(its, v=on_keys(c_s[..., None] * (M @ (w_s[..., None] * words)), its, 1)))
+            w_t = 1 + everywhere(target, on_keys(w_t - 1, text))
+            mapped = everywhere(target, on_keys(weight * alpha, text))
+            p = plain(valued(its, on_keys((M @ (weight * alpha)[..., None])[..., 0], its))).float()
+        out = attend(replace(target, v=target.v * w_t[..., None]))
+        if target.kind == "cross":
+            return out + theirs
+        layout = self.layout
+        if layout.schedule.resolve(call.run.sampling).weight(call.level):
+            target = layout.replaced(source, target)
+        places = torch.arange(target.q.shape[1], device=out.device)
+        image = places[slice(*target.image)]
+        around = places[(places < image[0]) | (places > image[-1])]
+        mass = plain(valued(asking(target, image), mapped)).float()
+        out[:, image] += (theirs * (mass / p.clamp(min=TINY))).to(out)
+        out[:, around] += plain(asking(replace(target, v=target.v * (1 - w_t)[..., None]), around))  # as it was
+        return out
+
+
+def everywhere(call, on_text):
+    """[b or 1, keys]: `on_text` [b or 1, text keys] at the text, 0 at other keys."""
+    first, last = span(call)
+    return pad(on_text, (first, call.k.shape[1] - last))
+
+
+@dataclass(frozen=True)
+class LocalBlend(Edit):
+    """Where neither the source's words nor the target's have attention, the latent is put back on the source's path.
+
+    The attention is summed over the steps so far, its largest value within 3 x 3 places taken, and divided by the
+    largest of the picture; the mask is where it is above `threshold`, in one of the two pictures.
+    """
+
+    threshold: float = 0.3
+    window: Schedule = Schedule()
+    columns: torch.Tensor = field(default=None, compare=False, repr=False)  # [1, target columns]
+    source_columns: torch.Tensor = field(default=None, compare=False, repr=False)
+
+    def check(self):
+        number("blend_threshold", self.threshold, 0.0, 1.0)
+
+    def attention(self, model):
+        return self.on(model, "cross", self.look)
+
+    def look(self, target, beside, attend, call, weight, role):
+        if role == "positive":
+            maps = call.run.state.setdefault(self, (Maps(), Maps()))
+            with blame(self):
+                for seen, at, columns in zip(maps, (target, *beside), (self.columns, self.source_columns), strict=True):
+                    seen.add(target.grid(), attention_to(at, columns))
+        return attend(target)
+
+    def mask(self, run):
+        """[B, 1, (1,) H, W] from what was seen so far."""
+        masks = []
+        for seen in run.state[self]:
+            m = max_pool2d(seen.mean(run.shape, self.layers.strip() == "auto")[:, None], 3, 1, 1)
+            m = interpolate(m, run.shape[-2:])
+            masks.append(m / m.amax((2, 3), keepdim=True).clamp(min=TINY) > self.threshold)
+        either = masks[0] | masks[1]
+        return (either if len(run.shape) == 4 else either[:, :, None]).float()
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
+        run = extra_args["model_options"]["transformer_options"][RUN]
+        window = self.window.resolve(run.sampling)
+        trajectory = self.source.trajectory
+        z_0 = trajectory.source.to(noise)
+
+        def predict(x, sigma, **options):
+            level = float(sigma.max())
+            blends = window.weight(level)
+            if blends and self in run.state:
+                m = self.mask(run).to(x)
+                x = m * x + (1 - m) * trajectory.at(level).to(x)
+            D = guider(x, sigma, **options)
+            if not blends:
+                return D
+            m = self.mask(run).to(D)
+            return m * D + (1 - m) * z_0
+
+        return executor(Guider(guider, predict), sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+
+
+def blended(alignment, words):
+    """Weights of the target's and of the source's columns, 1 for `words` that either prompt has."""
+    target, source = torch.zeros(alignment.target.columns), torch.zeros(alignment.source.columns)
+    for name in listed(words):
+        in_source = all(alignment.source.search(name)) and not name.startswith("#")  # a number is the target's
+        if in_source:
+            source[list(alignment.source.find(name))] = 1.0
+        if not in_source or all(alignment.target.search(name)):
+            target[list(alignment.target.find(name))] = 1.0
+    return target, source
+
+
+def edit(model, trajectory, source, positive, alignments, weights="", source_weights="", cross_replace=0.8,
+         self_replace=0.4, blend_words="", blend_threshold=0.3, blend_start=0.2, layers="auto"):
+    """A clone of `model` that edits from the CONDITIONING `source` to `positive`. alignments: of all pictures of the
+    batch, or one for each."""
+    from comfy.patcher_extension import WrappersMP
+
+    def stacked(of):
+        return [torch.stack(each) for each in zip(*map(of, alignments), strict=True)]
+
+    with blame(Edit):
+        for name, value in (("cross_replace", cross_replace), ("self_replace", self_replace)):
+            number(name, value, 0.0, 1.0)
+        branch = source_from(model, trajectory, source)
+        tensors = stacked(lambda a: (a.M, a.alpha, a.target.weights(weights), a.source.weights(source_weights)))
+        columns = stacked(lambda a: blended(a, blend_words))
+    layout = SelfReplace(Schedule(0.0, self_replace), branch, layers)
+    cross = Schedule(0.0, cross_replace)
+    model = steer(model, layout)
+    model = steer(model, CrossReplace(cross, branch, layers, digest(tensors), *tensors, positive, layout))
+    if listed(blend_words):
+        window = Schedule(blend_start, 1.0)
+        blend = LocalBlend(Schedule(), branch, layers, digest(columns), blend_threshold, window, *columns)
+        model = steer(model, blend)
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, blend.sampler_sample)
+    return model
+
+
+def apply(model, clip, trajectory, source_prompt, prompt, operation="refine", word_map="", **options):
+    """(model, CONDITIONING of `prompt`, the alignment as text); see `edit` and `alignment.align`."""
+    (source, before), (positive, after) = encode(clip, source_prompt), encode(clip, prompt)
+    with blame(Edit):
+        alignment = align(before, after, operation, word_map)
+    return edit(model, trajectory, source, positive, [alignment], **options), positive, str(alignment)
