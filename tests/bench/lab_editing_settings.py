@@ -3,6 +3,7 @@
 from bench.lab_editing import redraw, trajectory
 from bench.lab_inversion_edit import editfriendly, flowedit, sdedit
 from bench.lab_layout import kvreuse, masactrl, plugandplay
+from bench.lab_words import prompttoprompt
 from steer.patches.inversion import directinversion
 from steer.patches.shared.schedule import Schedule
 
@@ -28,6 +29,9 @@ SETTINGS = [
     ("FlowEdit, last 80 %", BOTH, last(0.8, flowedit)),
     ("edit-friendly, last 80 %", BOTH, last(0.8, editfriendly)),
     ("direct inversion 0.75", BOTH, steered(lambda lab, path: directinversion.apply(lab.model, path, 0.75, ALWAYS))),
+    ("Prompt-to-Prompt", BOTH, steered(prompttoprompt)),
+    ("Prompt-to-Prompt 0.4, 0.2", BOTH, steered(lambda lab, path: prompttoprompt(
+        lab, path, cross_replace=0.4, self_replace=0.2))),
     ("MasaCtrl", BOTH, steered(masactrl)),
     ("MasaCtrl from 30 %", BOTH, steered(lambda lab, path: masactrl(lab, path, start=0.3))),
     ("Plug-and-Play", BOTH, steered(plugandplay)),
