@@ -8,7 +8,7 @@ import torch
 from ..shared.euler import signal
 from ..shared.mask import fit
 from ..shared.picture import check_latent, check_sigmas
-from ..shared.steering import blame, number
+from ..shared.steering import RUN, blame, number
 
 METHODS = ("FlowEdit", "DDCM")
 
@@ -58,6 +58,7 @@ class FlowEdit:
         def keep(D):
             return D if denoise_mask is None else x0 + denoise_mask * (D - x0)
 
+        run = extra_args["model_options"]["transformer_options"].get(RUN)
         z = x0
         for i in trange(max(total - self.n_max, 0), total, disable=disable_pbar):
             s, s_next = sigmas[i], sigmas[i + 1]
@@ -66,6 +67,8 @@ class FlowEdit:
                 T = torch.zeros_like(x0)
                 for _ in range(self.n_avg):
                     z_src = a * x0 + s * draw(s, s_next)
+                    if run is not None:
+                        run.beside = z_src
                     # the target first: Steer's terms act on it
                     D_tar = model_wrap(z_src + (z - x0), s * ones, **extra_args)
                     T += (D_tar - model_wrap.predict_source(z_src, s * ones, **extra_args)) / self.n_avg

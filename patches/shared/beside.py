@@ -83,10 +83,11 @@ def edit_features(node, edit, call, layer, source, h, rows):
 
 
 def _latents(source, call, x):
-    """Of the trajectory at this evaluation, as many as the target's x has: one source may be beside all items."""
+    """Of the source at this evaluation, as many as the target's x has: one source may be beside all items."""
     from comfy.utils import repeat_to_batch_size
 
-    return repeat_to_batch_size(source.trajectory.at(call.level).to(x), x.shape[0])
+    z = call.run.beside if source.trajectory is None else source.trajectory.at(call.level)
+    return repeat_to_batch_size(z.to(x), x.shape[0])
 
 
 def _conds(source, call):

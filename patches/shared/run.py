@@ -64,6 +64,7 @@ class Run:
         self.shape = tuple(noise.shape)
         self.size = noise.shape[0]  # items of the batch
         self.state = {}  # term -> what it remembers between steps
+        self.beside = None  # latent of the source that the sampler shows beside x, where it does
         self.renoise = None  # D whose noise the next step keeps, for samplers that ask; None: the D they were handed
         self.needs_negative = False  # whoever acts at this evaluation: for terms that would do without it
         self.spared = None  # [B] bools: items whose negative need not be predicted; None: all are

@@ -85,6 +85,7 @@ class Source:
     own and under the run's negative.
 
     digest: equal ones are one prediction.  conds: as for `Text`.
+    trajectory: None where the run's sampler itself shows the network a source: `Run.beside` is its latent.
     """
 
     digest: str
