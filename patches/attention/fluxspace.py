@@ -1,6 +1,6 @@
 """FluxSpace (Dalva et al. 2024, arXiv 2412.09611): an attribute as a direction in what joint attention puts out."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -8,7 +8,7 @@ from ..shared.architectures import adapter_of, flux, hunyuan, qwen, sd3, self_at
 from ..shared.attention import Attention, plain
 from ..shared.mirror import about
 from ..shared.steering import Term, Text, Weak, blame, number, steer
-from ..shared.textattention import attention_to
+from ..shared.textattention import asking, attention_to
 from ..shared.words import encode
 
 AUTO = {flux.name: "double", hunyuan.name: "double", sd3.name: "0%-100%", qwen.name: "0%-100%"}  # the joint blocks
@@ -92,7 +92,7 @@ class FluxSpace(Term):
 
     def move(self, target, beside, attend, call, weight, role):
         out, image = attend(target), slice(*target.image)
-        l_e, l_0 = (plain(asked_by_image(each)) for each in beside)
+        l_e, l_0 = (plain(asking(each, slice(*each.image))) for each in beside)
         with blame(self):
             M = region(attention_to(beside[0], self.columns), self.tau)
         out = out.clone()
@@ -109,15 +109,6 @@ class FluxSpace(Term):
             if role in ("positive", self.edit, self.null) or isinstance(role, Weak):
                 y[its] = c
         return y
-
-
-def asked_by_image(call):
-    """The call of the image's queries alone, to all keys."""
-    first, last, _ = slice(*call.image).indices(call.q.shape[1])
-    mask = call.mask
-    if mask is not None and mask.shape[-2] > 1:
-        mask = mask[..., first:last, :]
-    return replace(call, q=call.q[:, first:last], mask=mask)
 
 
 def takes_pooled(network):

@@ -3,6 +3,7 @@
 from bench.lab_editing import redraw, trajectory
 from bench.lab_inversion_edit import editfriendly, flowedit, sdedit
 from bench.lab_layout import kvreuse, masactrl, plugandplay
+from bench.lab_unified import edit as unified
 from bench.lab_words import prompttoprompt
 from steer.patches.inversion import directinversion
 from steer.patches.shared.schedule import Schedule
@@ -40,4 +41,7 @@ SETTINGS = [
     ("KV Reuse, the true region", BOTH, steered(kvreuse)),
     ("KV Reuse, attention scale 1", BOTH, steered(lambda lab, path: kvreuse(lab, path, 1.0))),
     ("KV Reuse, re_init", BOTH, steered(lambda lab, path: kvreuse(lab, path, re_init=True))),
+    ("DDCM", ("unet",), lambda lab, *run: unified(lab, "DDCM", *run)),
+    ("DDCM, unified attention 0.5", ("unet",), lambda lab, *run: unified(lab, "DDCM", *run, (0.3, 0.5, 0.5))),
+    ("FlowEdit, unified attention 0.5", BOTH, lambda lab, *run: unified(lab, "FlowEdit", *run, (0.3, 0.5, 0.5))),
 ]
