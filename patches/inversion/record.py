@@ -9,7 +9,6 @@ from ..shared.picture import check_sigmas
 from ..shared.steering import blame
 from ..shared.trajectory import Trajectory, fingerprint
 
-
 NEAR = 1e-3  # relative, of a sigma
 
 

@@ -107,7 +107,7 @@ class Run:
 
     def _conflicts(self):
         """Raises where two terms replace the same part of one attention at one time."""
-        edits = [(term, a) for term in self.attention for a in self.attention[term]]
+        edits = [(term, a) for term, _, _ in self.terms for a in self.attention[term]]
         for (term, a), (other, b) in combinations(edits, 2):
             if term is other or not term.schedule.overlaps(other.schedule):
                 continue

@@ -13,7 +13,7 @@ from steer.patches.shared.architectures import editable_layers, self_attention_l
 from steer.patches.shared.attention import Attention
 from steer.patches.shared.beside import source_of
 from steer.patches.shared.schedule import Schedule
-from steer.patches.shared.steering import SHARE, Source, Term, steer
+from steer.patches.shared.steering import SHARE, STACK, Source, Term, steer
 from steer.patches.shared.trajectory import Trajectory, fingerprint
 
 ALWAYS = Schedule()
@@ -284,5 +284,8 @@ def test_two_edits_of_the_same_keys_are_refused():
     again, _ = watched(steered, trajectory, layers="output")
     with pytest.raises(ValueError, match=r"both replace the keys and values of the attention in output\.0; give"):
         toy.sample(again)
+    (term,) = steered.model_options[STACK]
+    with pytest.raises(ValueError, match="both replace the keys"):
+        toy.sample(steer(steered, replace(term)))  # the very same node, twice
     beyond, _ = watched(steered, trajectory, layers="output.1-3")
     assert not near(toy.sample(beyond), toy.sample(steered), 1e-4)
