@@ -86,9 +86,9 @@ def start_latent(trajectory, model):
 
 
 class InvertedNoise:
-    """The NOISE with which a sampler of the host starts at the first latent of a trajectory, whatever latent it is given
-    beside it. For a sampler that runs all of the trajectory's sigmas: from their last steps alone it would start at the
-    wrong noise level."""
+    """The NOISE with which a sampler of the host starts at the first latent of a trajectory, whatever latent it is
+    given beside it. For a sampler that runs all sigmas of the trajectory: from the last steps alone it would start at
+    the wrong noise level."""
 
     seed = 0
 
