@@ -16,7 +16,7 @@ sys.path += [str(HERE), str(ROOT / "tests")]
 import host  # noqa: E402
 
 README = ["guidance-pag", "guidance-apg", "guidance-cfgpp"]
-EDITING = ["inversion-directinversion", "inversion-flowedit", "hspace-injectfusion"]
+EDITING = ["attention-prompttoprompt", "attention-masactrl", "attention-fluxspace", "hspace-injectfusion"]
 
 
 def rows_of(name):

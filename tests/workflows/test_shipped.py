@@ -34,7 +34,8 @@ def test_runs(path):
     saving = [i for i, n in prompt.items() if n["class_type"] == "SaveImage"]
     assert saving and all(len(result.ui[i]["images"]) >= 1 for i in saving)
     pictures = decoded(prompt, result)
-    assert pictures and all(p.isfinite().all() and p.std() > 0.05 for p in pictures.values())
+    saved = [result[node][slot] for node, slot in (prompt[i]["inputs"]["images"] for i in saving)]
+    assert all(p.isfinite().all() and p.std() > 0.05 for p in (*saved, *pictures.values()))
     if "Decode off" in pictures:
         # Adaptive Guidance is for the same picture with fewer rows
         least = 0.001 if path.stem == "guidance-adaptiveguidance" else 0.01
