@@ -87,6 +87,29 @@ def sigmas_of(model, scheduler, steps, denoise=1.0):
     return comfy.samplers.calculate_sigmas(sampling, scheduler, max(int(steps / denoise), steps))[-(steps + 1) :].cpu()
 
 
+def grow(advanced=False):
+    return io.Int.Input(
+        "grow",
+        default=0,
+        min=-64,
+        max=64,
+        tooltip="Cells of the latent (8 pixels or so) by which the region grows. Higher leaves an edit more room "
+        "around the mask; negative shrinks it.",
+        advanced=advanced,
+    )
+
+
+def feather():
+    return io.Int.Input(
+        "feather",
+        default=0,
+        min=0,
+        max=64,
+        tooltip="Width of the soft edge in cells of the latent, inside the mask: outside of it nothing ever changes. "
+        "Higher blends the edit more gently into its surroundings.",
+    )
+
+
 def trajectory():
     return io.Custom("STEER_TRAJECTORY").Input(
         "trajectory", tooltip="From SteerInvert: the path of the source picture from noise, found with this model."

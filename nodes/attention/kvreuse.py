@@ -49,22 +49,8 @@ class KVReuse(io.ComfyNode):
                     "surroundings, lower (below 0) lets it go its own way. 0 changes nothing.",
                     advanced=True,
                 ),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=-64,
-                    max=64,
-                    tooltip="Cells of the latent (8 pixels or so) by which the region grows. Higher leaves the edit "
-                    "more room around the mask; negative shrinks it.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Width of the soft edge in cells of the latent, inside the mask. Higher blends the edit "
-                    "more gently into its surroundings.",
-                ),
+                inputs.grow(),
+                inputs.feather(),
                 inputs.layers("take the source's keys and values in", "all"),
                 *inputs.window(),
                 inputs.source(),

@@ -58,15 +58,7 @@ class WordMask(io.ComfyNode):
                     advanced=True,
                 ),
                 inputs.layers("read", "on UNets those at a quarter of the latent's side, as in the paper; all on DiTs"),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=-64,
-                    max=64,
-                    tooltip="Cells of the latent by which the mask grows. Higher leaves an edit more room; negative "
-                    "shrinks it.",
-                    advanced=True,
-                ),
+                inputs.grow(advanced=True),
                 io.Int.Input(
                     "seed",
                     default=0,

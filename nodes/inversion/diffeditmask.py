@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ...patches.inversion import diffeditmask
+from .. import inputs
 
 
 class DiffEditMask(io.ComfyNode):
@@ -67,15 +68,7 @@ class DiffEditMask(io.ComfyNode):
                     "Higher closes holes, drops specks and rounds the mask.",
                     advanced=True,
                 ),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=-64,
-                    max=64,
-                    tooltip="Cells of the latent by which the mask grows. Higher leaves an edit more room; negative "
-                    "shrinks it.",
-                    advanced=True,
-                ),
+                inputs.grow(advanced=True),
             ],
             outputs=[
                 io.Mask.Output(display_name="mask", tooltip="White where the prompts differ, in the picture's size."),

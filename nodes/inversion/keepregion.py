@@ -32,22 +32,8 @@ class KeepRegion(io.ComfyNode):
                     tooltip="The picture's, from Invert: what is kept is then on the very path that leads to it, and "
                     "edits join it best. Without one, the sampler's latent under the sampler's noise is kept.",
                 ),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=-64,
-                    max=64,
-                    tooltip="Cells of the latent (8 pixels or so) by which the region grows. Higher leaves the edit "
-                    "more room around the mask; negative shrinks it.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Width of the soft edge in cells of the latent, inside the mask: outside of it nothing "
-                    "ever changes. Higher blends the edit more gently into its surroundings.",
-                ),
+                inputs.grow(),
+                inputs.feather(),
                 *inputs.window(),
             ],
             outputs=[
