@@ -5,10 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import host
 import pytest
 from steer.nodes import discover
+from steer.patches.shared.steering import Term
 
 ROOT = host.ROOT
 PATCHES, NODES, TESTS, WORKFLOWS = (ROOT / name for name in ("patches", "nodes", "tests", "workflows"))
@@ -47,6 +49,15 @@ def test_no_mate_is_alone():
     assert found == set(METHODS)
     assert {p.stem for p in GRAPHS} >= {f"{room}-{method}" for room, method in METHODS}
     assert {p.stem for p in WORKFLOWS.glob("*.jpg")} == {p.stem for p in GRAPHS}
+
+
+def test_no_field_of_a_term_hides_one_of_its_places():
+    def below(kind):
+        return {each for child in kind.__subclasses__() for each in (child, *below(child))}
+
+    places = {name for name in vars(Term) if callable(getattr(Term, name)) and not name.startswith("_")}
+    assert {"scale", "step", "attention"} <= places and len(below(Term)) > 30
+    assert [(term.__name__, field.name) for term in below(Term) for field in fields(term) if field.name in places] == []
 
 
 @pytest.mark.parametrize("node", CLASSES, ids=lambda node: node.__name__)
