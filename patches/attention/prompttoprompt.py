@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch.nn.functional import interpolate, max_pool2d, pad
 
-from ..inversion.keepregion import Guider
 from ..shared.alignment import align
 from ..shared.architectures import self_attention_layers
 from ..shared.attention import Attention, image_from, plain
 from ..shared.conditioning import digest
+from ..shared.guider import Guider
 from ..shared.schedule import Schedule
 from ..shared.source import covers, source_from
 from ..shared.steering import RUN, Source, Term, blame, number, steer

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..shared.guider import Guider
 from ..shared.mask import feather, fit, grow
 from ..shared.schedule import Schedule
 from ..shared.steering import blame
@@ -97,19 +98,6 @@ class Region:
             return m * D + (1 - m) * z_0
 
         return executor(Guider(guider, predict), sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
-
-
-class Guider:
-    """A guider as samplers know it, with another answer to what D is."""
-
-    def __init__(self, guider, predict):
-        self.guider, self.predict = guider, predict
-
-    def __getattr__(self, name):
-        return getattr(self.guider, name)
-
-    def __call__(self, x, sigma, **options):
-        return self.predict(x, sigma, **options)
 
 
 def apply(model, mask, trajectory, cells, soft, schedule):

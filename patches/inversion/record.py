@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..shared.guider import Guider
 from ..shared.picture import check_sigmas
 from ..shared.steering import blame
 from ..shared.trajectory import Trajectory, fingerprint
@@ -38,7 +39,7 @@ class Recorder:
                 self.found.setdefault(step, x.float().cpu().clone())
             return model_wrap(x, sigma, **options)
 
-        samples = self.sampler.sample(Watched(model_wrap, watch), sigmas, *args, **kwargs)
+        samples = self.sampler.sample(Guider(model_wrap, watch), sigmas, *args, **kwargs)
         self.found[len(levels)] = samples.float().cpu()
         return samples
 
@@ -53,20 +54,6 @@ class Recorder:
             )
         path, positive = [self.found[n] for n in range(len(sigmas))], conditioning(guider.original_conds["positive"])
         return Trajectory(sigmas, torch.stack(path), fingerprint(guider.model_patcher), positive, "recorded")
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A guider as samplers know it, whose calls go through `watch`."""
-
-    guider: Any
-    watch: Any
-
-    def __getattr__(self, name):
-        return getattr(self.guider, name)
-
-    def __call__(self, x, sigma, **options):
-        return self.watch(x, sigma, **options)
 
 
 def conditioning(conds):
