@@ -76,12 +76,12 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     edits, skips, mirrors = _edits(run, call, units)
     features = _features(run, call)
     keeps = _keeps(call, units)
-    rows, held, added = None, nullcontext(), control
+    rows, held, added, given = None, nullcontext(), control, dict(kwargs)
     for term, weight, _ in call.active if call else ():
-        if overrides(term, "pooled") and kwargs.get("y") is not None:
+        if overrides(term, "pooled") and given.get("y") is not None:
             width = size // len(units)
             places = [(unit.role, slice(n * width, (n + 1) * width)) for n, unit in enumerate(units)]
-            kwargs["y"] = term.pooled(kwargs["y"], places, call, weight)
+            given["y"] = term.pooled(given["y"], places, call, weight)
     if edits or skips or features or any(unit.joins for unit in units):
         options = dict(options)
         rows = Rows(options, units, x.shape, edits, skips, features, keeps, call and call.source, mirrors)
@@ -93,7 +93,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         held = hold(adapter, executor.class_obj.diffusion_model, options, rows)
     try:
         with held:
-            out = executor(x, t, c_concat, c_crossattn, added, options, **kwargs)
+            out = executor(x, t, c_concat, c_crossattn, added, options, **given)
     except RuntimeError as error:
         from comfy.model_management import is_oom
 

@@ -223,6 +223,23 @@ def test_weak_branches_are_edited_as_the_prompt():
     assert near(drawn("flux", ours, 3.0), shared, 1e-4)
 
 
+def test_where_rows_cannot_be_shared_the_pooled_text_is_turned_once(caplog):
+    """Another node brings rows for the whole batch: the forward is run again, from the texts as they were."""
+    model = toy.flux()
+    bias = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
+
+    def shifted(args, extra):
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] + bias}
+
+    model.set_model_patch_replace(shifted, "dit", "double_block", 0)
+    ours = pag.apply(steered("flux", model, fine=0.0, share=0.5), 2.0, "single.1", ALWAYS)
+    again = drawn("flux", ours, 3.0, steps=1)
+    assert "cannot follow shared rows" in caplog.text
+    ours.model_options["steer.share"] = False
+    assert near(drawn("flux", ours, 3.0, steps=1), again, 1e-5)
+
+
 def test_half_precision_is_finite_and_nothing_else_changes(name):
     half = toy_dit.model(name, torch.bfloat16) if name in LIKE_FLUX else toy.model(
         toy.FLUX, "flow", torch.bfloat16, base=comfy.model_base.Flux)
