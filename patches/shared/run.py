@@ -220,6 +220,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         del options[RUN]
         for other in run.others.values():
             other.end()
+        run.others = {}  # each holds the run
     logging.info(run.stats.line())
     return output
 
@@ -273,7 +274,10 @@ def _predict(run, executor, x, timestep, model_options, seed, active):
     # where another node runs the conds in its own way, our branches follow in a call of their own
     call.joined = "sampler_calc_cond_batch_function" in options or "context_handler" in options
 
-    denoised = executor(x, timestep, options, seed)
-    if not call.combined:  # a guider with arithmetic of its own: what is added, is added to its result
-        denoised = add(call, denoised, options)
-    return denoised
+    try:
+        denoised = executor(x, timestep, options, seed)
+        if not call.combined:  # a guider with arithmetic of its own: what is added, is added to its result
+            denoised = add(call, denoised, options)
+        return denoised
+    finally:
+        call.options = None  # the two hold each other: without this, all tensors of the step wait for the collector

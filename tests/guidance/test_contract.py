@@ -1,5 +1,8 @@
 """What every guidance method promises, whichever it is; figures of a method are in its own file."""
 
+import gc
+import weakref
+
 import comfy.model_management
 import comfy.samplers
 import pytest
@@ -24,6 +27,7 @@ from steer.patches.guidance import (
     tag,
     tcfg,
 )
+from steer.patches.shared.run import Call, Run
 from steer.patches.shared.schedule import Schedule
 
 STEPS = 6
@@ -228,3 +232,20 @@ def test_inside_a_window_only(model, method):
     plain = toy.sample(model, steps=STEPS, callback=keep("plain"))
     out = toy.sample(ON[method](model, Schedule(0.3, 1.0)), steps=STEPS, callback=keep("late"))
     assert torch.equal(first["plain"], first["late"]) and not torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("name", ON)
+def test_nothing_of_a_run_waits_for_the_garbage_collector(name):
+    """What a step held is freed with the step, and a steered model with its last user."""
+    steered = ON[name](toy.model())
+    toy.sample(steered, steps=2)  # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        toy.sample(steered, steps=2)
+        alive = weakref.ref(steered)
+        del steered
+        assert alive() is None
+        assert not [o for o in gc.get_objects() if type(o) in (Run, Call)]
+    finally:
+        gc.enable()

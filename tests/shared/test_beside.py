@@ -1,5 +1,6 @@
 """The source beside the target: the same predictions as in runs of its own, whatever else is in the batch."""
 
+import gc
 from dataclasses import dataclass, replace
 
 import comfy.samplers
@@ -12,6 +13,7 @@ from steer.patches.shared import beside
 from steer.patches.shared.architectures import editable_layers, self_attention_layers, unet
 from steer.patches.shared.attention import Attention
 from steer.patches.shared.beside import source_of
+from steer.patches.shared.run import Call, Run
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.steering import SHARE, STACK, Source, Term, steer
 from steer.patches.shared.trajectory import Trajectory, fingerprint
@@ -289,3 +291,17 @@ def test_two_edits_of_the_same_keys_are_refused():
         toy.sample(steer(steered, replace(term)))  # the very same node, twice
     beyond, _ = watched(steered, trajectory, layers="output.1-3")
     assert not near(toy.sample(beyond), toy.sample(steered), 1e-4)
+
+
+def test_what_a_step_holds_of_the_source_does_not_wait_for_the_garbage_collector():
+    """Keys, values and features of one step are gone with it; of any run before, nothing is left."""
+    model = toy.model()
+    trajectory = path(model)
+    watch = Watch(ALWAYS, source_of(ORIGIN, trajectory), {}, "output.1", "output.1")
+    gc.collect()
+    gc.disable()
+    try:
+        toy.sample(steer(model, watch), start=trajectory.latents[0] / trajectory.sigmas[0], sigmas=trajectory.sigmas)
+        assert not [o for o in gc.get_objects() if type(o) in (Run, Call)]
+    finally:
+        gc.enable()
