@@ -1,4 +1,4 @@
-"""The README's table of methods and architectures, found out by running each method on small networks of each.
+"""The README's table of guidance methods and architectures, found out by running each method on small networks of each.
 
     python tests/architectures_table.py
 
@@ -119,40 +119,51 @@ def names():
     return found
 
 
-def table():
-    from steer.patches.shared.architectures import shared_blocks
-
-    rows, columns = networks(), {}
-    found = {architecture: answers(named) for architecture, named in rows.items()}
-    for method in METHODS:
-        columns.setdefault(tuple(each[method] for each in found.values()), []).append(names()[method])
-    sharing = [cell({name: bool(shared_blocks(n.model)) for name, n in v.items()}) for v in rows.values()]
-    heads = ["model", *(", ".join(group) for group in columns.values()), "rows computed once while they are alike"]
-    lines = [heads, ["---"] * len(heads), *zip(rows, *columns, sharing, strict=True)]
+def table(found, last=None):
+    """The lines of {architecture: {method: cell}}; methods that say the same share a column. last: (head, cells)."""
+    groups = {}
+    for method in next(iter(found.values())):
+        groups.setdefault(tuple(each[method] for each in found.values()), []).append(names()[method])
+    columns = [(", ".join(group), cells) for cells, group in groups.items()] + ([last] if last else [])
+    heads, cells = zip(("model", tuple(found)), *columns, strict=True)
+    lines = [heads, ["---"] * len(heads), *zip(*cells, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def written():
-    """The README's table as it stands."""
-    return README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+def guidance():
+    """The table of METHODS."""
+    from steer.patches.shared.architectures import shared_blocks
+
+    rows = networks()
+    sharing = tuple(cell({name: bool(shared_blocks(n.model)) for name, n in v.items()}) for v in rows.values())
+    found = {architecture: answers(named) for architecture, named in rows.items()}
+    return table(found, ("rows computed once while they are alike", sharing))
 
 
-def read():
-    """{architecture: {name of a method: cell}} of the README's table."""
-    heads, _, *rows = ([c.strip() for c in line.strip("| ").split("|")] for line in written().splitlines())
-    groups = [head.split(", ") for head in heads[1:-1]]
+def written(begin):
+    """The README's table behind the line `begin` as it stands."""
+    return README.read_text(encoding="utf-8").partition(begin)[2].partition(END)[0]
+
+
+def write(begin, made):
+    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    README.write_text(before + begin + made + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def read(begin):
+    """{architecture: {name of a method: cell}} of such a table."""
+    heads, _, *rows = ([c.strip() for c in line.strip("| ").split("|")] for line in written(begin).splitlines())
+    groups = [head.split(", ") for head in heads[1:]]
     return {
-        row[0]: {name: said for group, said in zip(groups, row[1:-1], strict=True) for name in group} for row in rows
+        row[0]: {name: said for group, said in zip(groups, row[1:], strict=True) for name in group} for row in rows
     }
 
 
 def main():
     host.enter()
     host.load_pack()
-    made = table()
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(before + BEGIN + made + END + rest.partition(END)[2], encoding="utf-8")
-    print(written())
+    write(BEGIN, guidance())
+    print(written(BEGIN))
 
 
 if __name__ == "__main__":

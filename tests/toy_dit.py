@@ -195,9 +195,9 @@ TOYS = {
 }
 
 
-def model(name, dtype=torch.float32, seed=0):
+def model(name, dtype=torch.float32, seed=0, change=dict):
     made = TOYS[name]
-    patcher = toy.model(made.config, "flow", dtype, seed, made.base)
+    patcher = toy.model(change(made.config), "flow", dtype, seed, made.base)
     network = patcher.model.diffusion_model
     for buffer in network.buffers():
         buffer.fill_(0.1)

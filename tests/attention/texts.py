@@ -6,39 +6,31 @@ import comfy.samplers
 import torch
 import toy
 import toy_dit
-from attention.by_hand import ARGUMENTS, LIKE_FLUX, TOKENS
+from attention.by_hand import ARGUMENTS, TOKENS
 from steer.models.lab.load import TEXT, load_clip
 from steer.patches.shared.trajectory import Trajectory, fingerprint
 from steer.patches.shared.words import encode
 
 WIDTH = TEXT["hidden_size"]
-WIDE = {
-    "unet": dict(context_dim=WIDTH),
-    "flux": dict(context_in_dim=WIDTH, vec_in_dim=WIDTH),
-    "sd3": dict(
-        adm_in_channels=WIDTH,
-        context_embedder_config=dict(target="torch.nn.Linear", params=dict(in_features=WIDTH, out_features=128)),
-    ),
-    "qwen": dict(joint_attention_dim=WIDTH),
-    "lumina": dict(cap_feat_dim=WIDTH),
-    "z-image": dict(cap_feat_dim=WIDTH),
-    "wan": dict(text_dim=WIDTH),
-}
+NAMES = ("context_dim", "context_in_dim", "vec_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
 clip = cache(load_clip)
+
+
+def wide(config):
+    """The config of a network that takes this text."""
+    config = {**config, **{name: WIDTH for name in NAMES if config.get(name) is not None}}
+    if "context_embedder_config" in config:  # of SD3
+        embedder = dict(target="torch.nn.Linear", params=dict(in_features=WIDTH, out_features=128))
+        config |= dict(adm_in_channels=WIDTH, context_embedder_config=embedder)
+    return config
 
 
 def network(name):
     if name in ("unet", "flux"):
         config, kind = {"unet": (toy.UNET, "eps"), "flux": (toy.FLUX, "flow")}[name]
         base = {"unet": comfy.model_base.BaseModel, "flux": comfy.model_base.Flux}[name]
-        return toy.model({**config, **WIDE[name]}, kind, base=base)
-    made = toy_dit.TOYS[name]
-    patcher = toy.model({**made.config, **WIDE[name]}, "flow", base=made.base)
-    for buffer in patcher.model.diffusion_model.buffers():
-        buffer.fill_(0.1)
-    for module in (m for path, m in patcher.model.diffusion_model.named_modules() if path.endswith("patch_embedding")):
-        module.float()
-    return patcher
+        return toy.model(wide(config), kind, base=base)
+    return toy_dit.model(name, change=wide)
 
 
 def conditioning(prompt):
@@ -98,6 +90,3 @@ def watched(name, model, look):
     made = model.clone()
     made.model_options["transformer_options"]["optimized_attention_override"] = hook
     return made
-
-
-assert set(LIKE_FLUX) < set(WIDE)
