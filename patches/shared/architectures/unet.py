@@ -66,6 +66,15 @@ def patch(options, rows, network):
         patches["output_block_patch"] = [partial(_between_blocks, rows), *patches.get("output_block_patch", ())]
 
 
+def cross_attentions(diffusion_model):
+    """[(Layer, number of the transformer in it, its module)] of all cross-attentions, in the order of the forward."""
+    return [
+        (block.layer, depth, transformer.attn2)
+        for block in blocks(diffusion_model) if block.attends
+        for depth, transformer in enumerate(block.module.transformer_blocks) if transformer.attn2 is not None
+    ]
+
+
 def editable(diffusion_model):
     """Layers whose output can be edited: "middle" is the h-space of Asyrp, with ControlNet's share in it."""
     outputs = len(diffusion_model.output_blocks)

@@ -1,0 +1,56 @@
+"""Where adapter files lie: the folders of this pack and of others, and the lab's own."""
+
+import os
+from pathlib import Path
+
+# the first is ours, the others are where other packs keep files of this kind
+FOLDERS = (
+    "ipadapter", "instantid", "pulid", "photomaker", "infinite_you", "ipadapter-flux", "xlabs/ipadapters",
+)
+SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
+LAB = Path(__file__).parents[1] / "models" / "lab" / "weights"
+LAB_MARK, PREFIX = " [lab]", "adapter"  # the lab's files are named adapter*.safetensors
+
+
+def register():
+    """Makes models/ipadapter known to the host, so that extra_model_paths.yaml can name others."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path(FOLDERS[0], os.path.join(folder_paths.models_dir, FOLDERS[0]))
+
+
+def found():
+    """Names of all files, those of folders other than ipadapter marked so: "a.bin", "b.bin [pulid]", "c [lab]"."""
+    names = []
+    for folder in FOLDERS:
+        mark = "" if folder == FOLDERS[0] else f" [{folder}]"
+        names += sorted({name + mark for root in _roots(folder) for name in _below(root)})
+    return names + [path.name + LAB_MARK for path in sorted(LAB.glob(f"{PREFIX}*.safetensors"))]
+
+
+def path_of(file):
+    """Where a file lies that `found` names; None where there is none."""
+    if file.endswith(LAB_MARK):
+        roots, name = [LAB], file.removesuffix(LAB_MARK)
+    else:
+        folder = next((f for f in FOLDERS if file.endswith(f" [{f}]")), FOLDERS[0])
+        roots, name = _roots(folder), file.removesuffix(f" [{folder}]")
+    for root in roots:
+        root = Path(root).resolve()
+        path = Path(os.path.abspath(root / name))  # links are followed, as the host does
+        if path.is_relative_to(root) and path.suffix.lower() in SUFFIXES and path.is_file():
+            return path
+    return None
+
+
+def _roots(folder):
+    import folder_paths
+
+    known = folder_paths.get_folder_paths(folder) if folder in folder_paths.folder_names_and_paths else []
+    return list(dict.fromkeys((*known, os.path.join(folder_paths.models_dir, *folder.split("/")))))
+
+
+def _below(root):
+    for at, _, names in os.walk(root, followlinks=True):
+        below = os.path.relpath(at, root).replace(os.sep, "/") + "/"
+        yield from (below.removeprefix("./") + name for name in names if name.lower().endswith(SUFFIXES))
