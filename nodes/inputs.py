@@ -68,14 +68,14 @@ def steps(tooltip, default=30):
     return io.Int.Input("steps", default=default, min=1, max=10000, tooltip=tooltip)
 
 
-def scheduler():
+def scheduler(note=""):
     import comfy.samplers
 
     return io.Combo.Input(
         "scheduler",
         options=comfy.samplers.SCHEDULER_NAMES,
         default="normal",
-        tooltip="How the noise levels are spread over the steps. Ignored when sigmas are wired.",
+        tooltip="How the noise levels are spread over the steps." + note,
     )
 
 

@@ -24,7 +24,7 @@ class Asyrp(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=2.0,
+                    default=1.0,
                     min=-100.0,
                     max=100.0,
                     step=0.05,

@@ -36,7 +36,7 @@ class EditFriendly(io.ComfyNode):
                     "cfg is high too; the paper has 3.5 here and 15 there.",
                 ),
                 inputs.steps("More steps keep more of the picture and edit finer. Ignored when sigmas are wired.", 50),
-                inputs.scheduler(),
+                inputs.scheduler(" Ignored when sigmas are wired."),
                 io.Float.Input(
                     "skip",
                     default=0.36,

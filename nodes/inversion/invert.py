@@ -35,7 +35,7 @@ class Invert(io.ComfyNode):
                 inputs.steps(
                     "More steps bring a picture back more exactly and take longer. Ignored when sigmas are wired."
                 ),
-                inputs.scheduler(),
+                inputs.scheduler(" Ignored when sigmas are wired."),
                 io.Float.Input(
                     "denoise",
                     default=1.0,

@@ -35,7 +35,7 @@ class RFInversion(io.ComfyNode):
                     "and keeps less of the picture; 0 is plain inversion, 1 the noise itself.",
                 ),
                 inputs.steps("More steps invert more exactly and take longer. Ignored when sigmas are wired."),
-                inputs.scheduler(),
+                inputs.scheduler(" Ignored when sigmas are wired."),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,

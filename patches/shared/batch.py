@@ -68,8 +68,9 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if not run.stats.evaluations:
         raise ValueError(
-            f"Steer: {type(run.guider).__name__} does not call the host's PREDICT_NOISE wrappers, so that steering "
-            "cannot act; use KSampler, CFGGuider or another guider."
+            f"Steer: {type(run.guider).__name__} reaches the network without the host's PREDICT_NOISE "
+            "wrappers, so that steering cannot act. The guider or the sampler goes its own way: use KSampler, or "
+            "another guider and another sampler."
         )
     call, size = options.get(CALL), x.shape[0]
     units = _units(run, call, options, size)

@@ -148,7 +148,7 @@ def over(attribute, settings):
 
 
 STRENGTHS = {"strength 0": ("prompts", 0.0, {})} | {
-    f"{way}, strength {s:g}": (way, s, {}) for way in ("prompts", "pictures") for s in (1.0, 2.0, 4.0)
+    f"{way}, strength {s:g}": (way, s, {}) for way in ("prompts", "pictures") for s in (0.5, 1.0, 2.0, 4.0)
 }
 WAYS = {
     f"prompts, strength {s:g}, {name}": ("prompts", s, options)

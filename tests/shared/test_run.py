@@ -165,7 +165,7 @@ def test_a_guider_that_goes_around_steering_is_refused(model):
     steered = TERMS["APG"](model)
     guider = Bypass(steered)
     guider.set_conds(toy.POSITIVE, toy.NEGATIVE)
-    with pytest.raises(ValueError, match="Steer: Bypass does not call the host's PREDICT_NOISE wrappers"):
+    with pytest.raises(ValueError, match="Steer: Bypass reaches the network without the host's PREDICT_NOISE"):
         toy.sample(steered, guider=guider)
 
 
