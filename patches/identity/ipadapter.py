@@ -1,6 +1,6 @@
 """IP-Adapter (Ye et al. 2023, arXiv 2308.06721): a picture as a prompt, beside the text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,9 +106,10 @@ def combined(embeds, how):
     return embeds
 
 
-def tokens_of(adapter, embeds, how):
-    """Tokens [1, n * T, width] of the pictures side by side, or [n, T, width] with one each."""
-    tokens = adapter.project(combined(embeds, how))
+def tokens_of(adapter, seen, how, **options):
+    """Tokens [1, n * T, width] of the pictures side by side, or [n, T, width] with one each. seen: what the projector
+    takes of them."""
+    tokens = adapter.project(*(combined(each, how) for each in seen), **options)
     return tokens if how == "one each" else tokens.flatten(0, 1)[None]
 
 
@@ -143,14 +144,14 @@ def apply(model, adapter, strength, weight_type, layers, combine, unconditional,
         if clip_vision is not None:
             adapter.check_encoder(clip_vision.config)
         weights = weights_of(model, adapter, weight_type, layers)
-        off = IPAdapter(schedule, adapter, strength, weights, mask=mask)
-        if off.off:
-            return steer(model, off)
+        term = IPAdapter(schedule, adapter, strength, weights, mask=mask)
+        if term.off:
+            return steer(model, term)
         seen = taken(adapter, embeds) if image is None else encoded(adapter, clip_vision, image, crop)
-        tokens = tokens_of(adapter, seen, combine)
+        tokens = tokens_of(adapter, [seen], combine)
         if negative_image is not None:
-            blank = tokens_of(adapter, encoded(adapter, clip_vision, negative_image, crop), "concat")
+            blank = tokens_of(adapter, [encoded(adapter, clip_vision, negative_image, crop)], "concat")
         else:
             blank = unconditional_of(adapter, seen, clip_vision, unconditional)
     content = digest([tokens, blank, mask])
-    return steer(model, IPAdapter(schedule, adapter, strength, weights, content, tokens, blank, mask))
+    return steer(model, replace(term, content=content, tokens=tokens, unconditional=blank))
