@@ -5,10 +5,11 @@ import os
 
 
 def arguments(doc, **defaults):
-    """({size: whole number}, numbers of the tables to make) of a bench's command line."""
+    """({size: whole number, "bf16": bool}, numbers of the tables to make) of a bench's command line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bf16", action="store_true", help="autocast: twice as fast where a CPU has it, fine to 40 dB")
     parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make anew; all by default")
     size = vars(parser.parse_args())
     return size, size.pop("tables")
@@ -20,19 +21,24 @@ def make(path, intro, tables, size, numbers=None, form=".3f"):
     tables: [(title, columns, rows)], where rows(**size) yields (name, {column: number or text}).
     Returns {number: what rows yielded}.
     """
+    import torch
+
     titles, found = [title for title, _, _ in tables], {}
-    sizes = " ".join(f"--{name} {value}" for name, value in size.items())
+    size = dict(size)
+    bf16 = size.pop("bf16")
+    sizes = " ".join(f"--{name} {value}" for name, value in size.items()) + " --bf16" * bf16
     for number, (title, columns, rows) in enumerate(tables, 1):
         if numbers and number not in numbers:
             continue
         found[number] = []
         lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for name, figures in rows(**size):
-            cells = (figures[column] for column in columns)
-            cells = (cell if isinstance(cell, str) else f"{cell:{form}}" for cell in cells)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-            found[number].append((name, figures))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for name, figures in rows(**size):
+                cells = (figures[column] for column in columns)
+                cells = (cell if isinstance(cell, str) else f"{cell:{form}}" for cell in cells)
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+                found[number].append((name, figures))
         by = f"`{path.stem}.py {sizes} --tables {number}`"
         write(path, intro, titles, {title: "\n".join([by, "", *lines])})
     return found
