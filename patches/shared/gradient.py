@@ -21,6 +21,11 @@ def differentiable(model):
     """`model`, a ModelPatcher, in a form that holds its weights as whole tensors; ValueError, with the reason, where no
     gradient can be had."""
     if getattr(model, "is_dynamic", lambda: False)():
+        if model.cached_patcher_init is None:
+            raise ValueError(
+                "needs gradients, and the weights of this model are streamed by a loader that gives no other way to "
+                "load it; use ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
+            )
         model = model.clone(disable_dynamic=True)  # streamed weights are gone by the time of the backward pass
     for name, p in model.model.diffusion_model.named_parameters():
         if type(p) not in (torch.nn.Parameter, torch.Tensor) or not p.is_floating_point():

@@ -138,3 +138,19 @@ def test_quantised_weights_are_refused_with_the_reason(weights, says):
     last.weight = weights(last.weight)
     with pytest.raises(ValueError, match=f"needs gradients, and the weights .*{says}"):
         differentiable(model)
+
+
+class Streamed(comfy.model_patcher.ModelPatcher):
+    """As the host's patcher that streams weights, which it only makes where there is a GPU."""
+
+    def is_dynamic(self):
+        return True
+
+
+def test_streamed_weights_that_cannot_be_loaded_in_another_way_are_refused():
+    whole = toy.model()
+    streamed = Streamed(whole.model, whole.load_device, whole.offload_device)
+    with pytest.raises(ValueError, match="streamed .* --disable-dynamic-vram"):
+        differentiable(streamed)
+    streamed.cached_patcher_init = (lambda disable_dynamic: toy.model(), ())
+    assert not differentiable(streamed).is_dynamic()
