@@ -1,6 +1,6 @@
 """What FluxSpace adds, and what it keeps, on the lab's DiT.
 
-    python tests/bench/lab_fluxspace.py [--portraits 8] [--seeds 2] [--steps 10] [--tables 1]
+    python tests/bench/lab_fluxspace.py [--portraits 8] [--seeds 2] [--steps 10] [--tables 1 2]
 
 From noise, under captions of held-out portraits that say nothing of the attribute (glasses, a crown, sad in turn). Per
 setting, over portraits, seeds and attributes:
@@ -8,7 +8,9 @@ setting, over portraits, seeds and attributes:
     kept      share of the other factors that the reader finds as in the picture without the edit
     identity  similarity of the face to that picture's, 1 is the same
     PSNR      to that picture, in dB
-Re-prompting is the caption with the attribute from the same noise. Writes tests/bench/lab_fluxspace.md.
+Re-prompting is the caption with the attribute from the same noise. The second table is of portraits that were inverted
+under such a caption (fixed-point), about half of them with glasses, and are drawn again at cfg 1, with glasses put in;
+there the comparison is with the portrait. Writes tests/bench/lab_fluxspace.md.
 """
 
 import sys
@@ -105,7 +107,67 @@ def edits(portraits, seeds, steps):
         yield name, {column: sum(values) / len(values) for column, values in found.items()}
 
 
-TABLES = [("FluxSpace, Lab-DiT (flow)", COLUMNS, edits)]
+@cache
+def pictures(portraits, first, steps):
+    """A `Case` of the lab, the path of its portraits under captions without a word on glasses, and captions with it."""
+    import torch
+    from bench.lab_inversion_edit import case
+    from steer.models.lab.captions import caption
+    from steer.models.lab.evaluate import conditioning
+    from steer.models.lab.load import load_model
+    from steer.models.lab.portrait import FACTORS
+    from steer.patches.inversion.invert import invert
+
+    it, clip = case("dit", portraits, first), load_model("dit")[1]
+    rest = tuple(name for name in FACTORS if name != "glasses")
+    with torch.inference_mode():
+        before = conditioning(clip, [caption(p, rest) for p in it.sources])
+        path = invert(it.model, before, it.latent, it.sigmas(steps), "fixed-point", 3)
+    return it, path, conditioning(clip, [caption(p, rest) + ", glasses" for p in it.sources]), clip
+
+
+def inverted(portraits, first, steps, fine=0.0, again=False):
+    """{column: [B]} of portraits drawn from where they were inverted to, with glasses by FluxSpace or by the prompt."""
+    import torch
+    import toy
+    from bench.lab_inversion_edit import psnr
+    from steer.models.lab.portrait import FACTORS
+    from steer.patches.attention import fluxspace
+    from steer.patches.inversion.invert import InvertedNoise
+    from steer.patches.shared.schedule import Schedule
+
+    it, path, after, clip = pictures(portraits, first, steps)
+    texts = fluxspace.texts(clip, "glasses", "glasses")
+    model = fluxspace.apply(it.model, *texts, fine, 0.0, 0.5, "auto", Schedule())
+    start = InvertedNoise(path, it.model).generate_noise({"samples": it.latent})
+    options = dict(positive=after if again else path.conditioning, negative=it.nothing, latent=it.latent)
+    x = it.show(toy.sample(model, 1.0, start=start, sigmas=path.sigmas, **options))
+    with torch.inference_mode():
+        read, face = it.reader.read(x), it.reader(x)[2]
+    others = [name for name in FACTORS if name != "glasses"]
+    kept = [sum(r[f][0] == getattr(p, f) for f in others) for r, p in zip(read, it.sources, strict=True)]
+    return {
+        "edited": [float(r["glasses"][0] == "glasses") for r in read],
+        "kept": [n / len(others) for n in kept],
+        "identity": (face * it.faces).sum(1).tolist(),
+        "PSNR": psnr(x, it.source).tolist(),
+    }
+
+
+def of_pictures(portraits, seeds, steps):
+    """Rows; as many sets of portraits as seeds."""
+    ways = [("without", {}), ("re-prompting", dict(again=True))]
+    ways += [(f"fine {fine}, tau 0.5, from 0 on", dict(fine=fine)) for fine in (0.5, 1.0, 2.0, 5.0)]
+    for name, options in ways:
+        found = [inverted(portraits, 7000 + 1000 * n, steps, **options) for n in range(seeds)]
+        every = {column: [value for each in found for value in each[column]] for column in COLUMNS}
+        yield name, {column: sum(values) / len(values) for column, values in every.items()}
+
+
+TABLES = [
+    ("FluxSpace, Lab-DiT (flow)", COLUMNS, edits),
+    ("FluxSpace on inverted portraits, Lab-DiT (flow)", COLUMNS, of_pictures),
+]
 
 
 def main():
