@@ -86,6 +86,17 @@ class PromptToPrompt(io.ComfyNode):
                     "on.",
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the new picture's own attention to words while cross_replace lasts. Higher lets "
+                    'a style that was put in ("in watercolor") reshape more; 0 is the source\'s alone, 1 is '
+                    "cross_replace 0.",
+                    advanced=True,
+                ),
                 inputs.layers("edit", "all for words; within the picture those with at most a quarter of the latent's "
                               "places, as in the paper"),
             ],
@@ -101,12 +112,12 @@ class PromptToPrompt(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, prompt, operation, weights, cross_replace, self_replace,
-        blend_words, blend_threshold, word_map, source_weights, layers,
+        blend_words, blend_threshold, word_map, source_weights, alpha, layers,
     ) -> io.NodeOutput:
         return io.NodeOutput(*prompttoprompt.apply(
             model, clip, trajectory, source_prompt, prompt, operation, word_map, weights=weights,
             source_weights=source_weights, cross_replace=cross_replace, self_replace=self_replace,
-            blend_words=blend_words, blend_threshold=blend_threshold, layers=layers,
+            blend_words=blend_words, blend_threshold=blend_threshold, layers=layers, alpha=alpha,
         ))
 
 

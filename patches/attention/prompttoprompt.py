@@ -56,11 +56,8 @@ class SelfReplace(Edit):
         return self.on(model, "self", self.edit, ("queries", "keys"))
 
     def edit(self, target, beside, attend, call, weight, role):
-        return attend(self.replaced(*beside, target))
-
-    def replaced(self, source, target):
         large = self.layers.strip() == "auto" and 4 * target.places > prod(target.shape[2:])
-        return target if large else image_from(source, target, "qk")
+        return attend(target if large else image_from(*beside, target, "qk"))
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,12 @@ class CrossReplace(Edit):
         SDPA(q_s, k_s, c_s M (w_s v)) + SDPA(q_t, k_t, w_t v),  w_s = a c alpha,  w_t = a c (1 - alpha) + 1 - a
 
     M, alpha: as in `Alignment`, [b, source columns, target columns] and [b, target columns].
-    c, c_s: weights of the target's and the source's columns.  a: the schedule's weight.
+    c, c_s: weights of the target's and the source's columns.  a: the schedule's weight, less `own`, the share that the
+    target's own map keeps (a style put in: (1 - own) A_s + own A_t).
     Rows are not normalised again, as in the official code. Where text and image share one attention, only the image
     asks, and A_s is the softmax over the source's text alone; it shares out what of its attention the target has for
-    words with a counterpart, and nothing else changes. Its masses are those of its own keys.
+    words with a counterpart, and nothing else changes. Edits of self-attention come before it there: what it has for
+    words is what they leave it.
     """
 
     M: torch.Tensor = field(default=None, compare=False, repr=False)
@@ -81,24 +80,24 @@ class CrossReplace(Edit):
     c: torch.Tensor = field(default=None, compare=False, repr=False)
     c_s: torch.Tensor = field(default=None, compare=False, repr=False)
     positive: list = field(default=None, compare=False, repr=False)  # CONDITIONING whose columns M knows
-    layout: SelfReplace = field(default=None, compare=False, repr=False)  # at work in the same attention
+    own: float = 0.0
+
+    def check(self):
+        number("alpha", self.own, 0.0, 1.0)
+
+    @property
+    def off(self):
+        return super().off or self.own == 1.0
 
     def prepare(self, run):
         super().prepare(run)
-        mine = self.positive[0][0]
-        for cond in run.guider.original_conds["positive"]:
-            given = cond.get("cross_attn")
-            if given is None or given.shape != mine.shape or not torch.equal(given.to(mine), mine):
-                raise ValueError(
-                    "the guider's positive is not the edited prompt; wire the positive output of this node to it, so "
-                    "that words are found where they are."
-                )
+        same_text(run, "positive", self.positive)
 
     def attention(self, model):
         return self.on(model, "cross", self.edit, ("map",))
 
     def edit(self, target, beside, attend, call, weight, role):
-        (source,), text = beside, to_text(target)
+        (source,), text, weight = beside, to_text(target), weight * (1 - self.own)
         M, alpha, c, c_s = (t.to(text.v) for t in (self.M, self.alpha, self.c, self.c_s))
         w_s, w_t = weight * c * alpha, weight * c * (1 - alpha) + (1 - weight)
         with blame(self):
@@ -111,9 +110,6 @@ class CrossReplace(Edit):
         out = attend(replace(target, v=target.v * w_t[..., None]))
         if target.kind == "cross":
             return out + theirs
-        layout = self.layout
-        if layout.schedule.resolve(call.run.sampling).weight(call.level):
-            target = layout.replaced(source, target)
         places = torch.arange(target.q.shape[1], device=out.device)
         image = places[slice(*target.image)]
         around = places[(places < image[0]) | (places > image[-1])]
@@ -121,6 +117,19 @@ class CrossReplace(Edit):
         out[:, image] += (theirs * (mass / p.clamp(min=TINY))).to(out)
         out[:, around] += plain(asking(replace(target, v=target.v * (1 - w_t)[..., None]), around))  # as it was
         return out
+
+
+def same_text(run, name, mine):
+    """ValueError where the guider's texts `name` are not the CONDITIONING `mine`, whose columns are known."""
+    mine = mine[0][0]
+    for cond in run.guider.original_conds[name]:
+        given = cond.get("cross_attn")
+        if given is None or given.shape != mine.shape or not torch.equal(given.to(mine), mine):
+            prompt = {"positive": "edited", "source": "source's"}[name]
+            raise ValueError(
+                f"the guider's {name} is not the {prompt} prompt; wire the {name} output of this node to it, so that "
+                "words are found where they are."
+            )
 
 
 def everywhere(call, on_text):
@@ -199,25 +208,28 @@ def blended(alignment, words):
     return target, source
 
 
-def edit(model, trajectory, source, positive, alignments, weights="", source_weights="", cross_replace=0.8,
-         self_replace=0.4, blend_words="", blend_threshold=0.3, blend_start=0.2, layers="auto"):
-    """A clone of `model` that edits from the CONDITIONING `source` to `positive`. alignments: of all pictures of the
-    batch, or one for each."""
-    from comfy.patcher_extension import WrappersMP
+def stacked(items):
+    """[(a, b, ...)] of the items of a batch as [a, b, ...] of all."""
+    return [torch.stack(each) for each in zip(*items, strict=True)]
 
-    def stacked(of):
-        return [torch.stack(each) for each in zip(*map(of, alignments), strict=True)]
+
+def edit(model, trajectory, source, positive, alignments, weights="", source_weights="", cross_replace=0.8,
+         self_replace=0.4, blend_words="", blend_threshold=0.3, blend_start=0.2, layers="auto", alpha=0.0):
+    """A clone of `model` that edits from the CONDITIONING `source` to `positive`. alignments: of all pictures of the
+    batch, or one for each.  alpha: share of attention to words that stays the picture's own."""
+    from comfy.patcher_extension import WrappersMP
 
     with blame(Edit):
         for name, value in (("cross_replace", cross_replace), ("self_replace", self_replace)):
             number(name, value, 0.0, 1.0)
         branch = source_from(model, trajectory, source)
-        tensors = stacked(lambda a: (a.M, a.alpha, a.target.weights(weights), a.source.weights(source_weights)))
-        columns = stacked(lambda a: blended(a, blend_words))
-    layout = SelfReplace(Schedule(0.0, self_replace), branch, layers)
+        tensors = stacked(
+            (a.M, a.alpha, a.target.weights(weights), a.source.weights(source_weights)) for a in alignments
+        )
+        columns = stacked(blended(a, blend_words) for a in alignments)
+    model = steer(model, SelfReplace(Schedule(0.0, self_replace), branch, layers))
     cross = Schedule(0.0, cross_replace)
-    model = steer(model, layout)
-    model = steer(model, CrossReplace(cross, branch, layers, digest(tensors), *tensors, positive, layout))
+    model = steer(model, CrossReplace(cross, branch, layers, digest(tensors), *tensors, positive, alpha))
     if listed(blend_words):
         window = Schedule(blend_start, 1.0)
         blend = LocalBlend(Schedule(), branch, layers, digest(columns), blend_threshold, window, *columns)

@@ -36,11 +36,11 @@ def conds(positive):
 
 
 def explicit(name, model, trajectory, options, operation, weights="", source_weights="", word_map="", self_from=None,
-             cross=True, source=SOURCE, prompt=None, cfg=5.0):
+             cross=True, source=SOURCE, prompt=None, cfg=5.0, alpha=0.0):
     """One step with the paper's maps made: of the source from a run of its own, of the target edited and multiplied."""
     before, after = (encode(clip(), text)[1] for text in (source, prompt or PROMPTS[operation]))
     made = align(before, after, operation, word_map)
-    M, alpha, c, c_s = made.M, made.alpha, after.weights(weights), before.weights(source_weights)
+    own_share, M, alpha, c, c_s = alpha, made.M, made.alpha, after.weights(weights), before.weights(source_weights)
     kept, source_runs, edited = {}, True, []
 
     def look(kind, number, q, k, v, heads, text):
@@ -59,7 +59,8 @@ def explicit(name, model, trajectory, options, operation, weights="", source_wei
             A_s = A_s.unflatten(3, (-1, before.columns)).sum(3) * c_s  # repeats of the text, if any
             A_t = A_t.unflatten(3, (-1, after.columns)).sum(3)
             edited.append(number)
-            out[rows] = times(c * (alpha * (A_s @ M) + (1 - alpha) * A_t), v[rows][:, : after.columns])
+            mixed = torch.lerp(c * (alpha * (A_s @ M) + (1 - alpha) * A_t), A_t, own_share)
+            out[rows] = times(mixed, v[rows][:, : after.columns])
         if kind == "joint":
             q_t, k_t, (q_s, k_s) = q[rows], k[rows], kept[number]
             n = text + (16 if name in ("z-image", "lumina", "sd3", "qwen") else 64)
@@ -77,7 +78,8 @@ def explicit(name, model, trajectory, options, operation, weights="", source_wei
                 A_t = a[:, :, text:n, :columns]
                 shared = A_s @ M * alpha
                 mass = (A_t * alpha).sum(-1, keepdim=True) / (A_s @ (M @ alpha))[..., None]
-                a[:, :, text:n, :columns] = c * (mass * (A_s * c_s @ M * alpha) + (1 - alpha) * A_t)
+                mixed = torch.lerp(c * (mass * (A_s * c_s @ M * alpha) + (1 - alpha) * A_t), A_t, own_share)
+                a[:, :, text:n, :columns] = mixed
                 assert shared.shape == A_t.shape
             out[rows] = times(a, v[rows])
         return out
@@ -101,6 +103,7 @@ CASES = [
     ("unet", "refine", dict(weights="glasses: 2.5, hat: -0.5")), ("unet", "replace", dict(source_weights="blue: 3")),
     ("flux", "refine", {}), ("flux", "replace", {}), ("flux", "reorder", dict(word_map="happy: blue")),
     ("flux", "refine", dict(weights="glasses: 2.5, hat: -0.5", source_weights="happy: 0.3")),
+    ("unet", "refine", dict(alpha=0.4, weights="glasses: 2.5")), ("flux", "refine", dict(alpha=0.4, weights="hat: 3")),
     ("sd3", "refine", {}), ("qwen", "refine", {}), ("lumina", "refine", {}), ("z-image", "refine", {}),
     ("wan", "refine", {}),
 ]
@@ -177,7 +180,7 @@ def explicit_positive(model, trajectory, step, prompt):
 
 
 @pytest.mark.parametrize("options", [
-    dict(cross_replace=0.0), dict(cross_replace=0.0, blend_words="hat", blend_start=1.0),
+    dict(cross_replace=0.0), dict(alpha=1.0), dict(cross_replace=0.0, blend_words="hat", blend_start=1.0),
 ], ids=str)
 def test_off_is_no_node(name, options):
     model = network(name)
@@ -296,6 +299,7 @@ def test_bad_input_raises_before_sampling(name):
         (dict(source_weights="glasses: 2"), '"glasses" is not in the prompt "a happy person'),
         (dict(blend_words="dog"), '"dog" is not in the prompt "a happy old'),
         (dict(word_map="a: b"), "word_map is for"), (dict(cross_replace=1.5), "cross_replace 1.5 must be"),
+        (dict(alpha=-0.1), "alpha -0.1 must be"),
         (dict(blend_words="hat", blend_threshold=-1.0), "blend_threshold -1.0"), (dict(layers="x"), 'no layer "x"'),
     ):
         with pytest.raises(ValueError, match=f"SteerPromptToPrompt: .*{words}"):
