@@ -7,6 +7,7 @@ from pathlib import Path
 FOLDERS = (
     "ipadapter", "instantid", "pulid", "photomaker", "infinite_you", "ipadapter-flux", "xlabs/ipadapters",
 )
+FACES = "insightface"
 SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 LAB = Path(__file__).parents[1] / "models" / "lab" / "weights"
 LAB_MARK, PREFIX = " [lab]", "adapter"  # the lab's files are named adapter*.safetensors
@@ -41,6 +42,16 @@ def path_of(file):
         if path.is_relative_to(root) and path.suffix.lower() in SUFFIXES and path.is_file():
             return path
     return None
+
+
+def recognisers():
+    """{name: folder} of the folders below models/insightface that hold ONNX files."""
+    found = {}
+    for root in _roots(FACES):
+        for at, _, names in os.walk(root, followlinks=True):
+            if any(name.lower().endswith(".onnx") for name in names):
+                found.setdefault(os.path.relpath(at, root).replace(os.sep, "/").removeprefix("models/"), at)
+    return found
 
 
 def _roots(folder):

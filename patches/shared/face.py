@@ -10,20 +10,18 @@ TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493
 ALIGNED = 112
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Face:
     """Faces of one person, or one for each item of a batch, as a value on the socket STEER_FACE.
 
-    embedding: [n, E] as the recogniser gives it, not normalised; None where only the places are known.
+    embedding: [n, E] as the recogniser gives it, not normalised.
     keypoints: [n, 5, 2], x and y in pixels: left eye, right eye, nose, left and right corner of the mouth, as seen in
-        the picture.
-    image: [n, h, w, 3] in 0..1, in which they are.  size: (h, w) of it.
+        the picture.  image: [n, h, w, 3] in 0..1, in which they are. Both None for an embedding alone.
     """
 
-    embedding: torch.Tensor = field(default=None, repr=False)
+    embedding: torch.Tensor = field(repr=False)
     keypoints: torch.Tensor = field(default=None, repr=False)
     image: torch.Tensor = field(default=None, repr=False)
-    size: tuple[int, int] = ()
 
     @property
     def identity(self):
@@ -32,7 +30,7 @@ class Face:
 
     def crop(self, size):
         """The aligned faces, [n, size, size, 3]: black where the picture ends."""
-        if self.image is None or self.keypoints is None:
+        if self.image is None:
             raise ValueError("the face comes without its picture; take one from SteerFace with an image.")
         return align(self.image, self.keypoints, size)
 
@@ -40,8 +38,6 @@ class Face:
 def face_of(value):
     """A `Face` from what is on a STEER_FACE socket: one, or a raw embedding [E] or [n, E] of another pack."""
     if isinstance(value, Face):
-        if value.embedding is None:
-            raise ValueError("the face has places alone and no embedding; take one from SteerFace with a recogniser.")
         return value
     if isinstance(value, torch.Tensor) and value.ndim in (1, 2) and value.is_floating_point():
         return Face(value.reshape(-1, value.shape[-1]).float().cpu())
