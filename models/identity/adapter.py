@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import files, projectors
+from . import fastcomposer, files, infiniteyou, joint, photomaker, projectors
 from .projectors import below
 
 FACE = 512  # width of a face embedding
@@ -37,6 +37,8 @@ VARIANTS = {  # projector, what its picture should be
     "portrait": (projectors.FaceMLP, "face embeddings, several of one person"),
     "face-resampler": (projectors.Resampler, "a face embedding as it is, not normalised (portrait unnorm, InstantID)"),
 }
+
+FAMILIES = (photomaker, fastcomposer, infiniteyou, joint)  # other kinds of files, each read by a module of its own
 
 
 class Network(nn.Module):
@@ -71,6 +73,22 @@ class Adapter:
     digest: str = ""  # tells files of one name apart
     patcher: Any = field(default=None, compare=False, repr=False)
     lora: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def kind(self):
+        return f"IP-Adapter {self.variant}"
+
+    @property
+    def nodes(self):
+        """Ids of the nodes that take it."""
+        if self.variant == "face-resampler":
+            return "SteerFaceID", "SteerInstantID"
+        return ("SteerFaceID",) if self.face else ("SteerIPAdapter",)
+
+    @property
+    def blank(self):
+        """What the negative was shown in training: "zero" for the encoder's output, else a "grey" or "black" picture."""
+        return "zero" if self.pooled else "grey"
 
     @property
     def made_for(self):
@@ -137,15 +155,23 @@ class Adapter:
 
 
 def load(path, variant="auto"):
-    """The `Adapter` of a file; ValueError, naming the file and what it is, where it is none."""
+    """The `Adapter` of a file, or what one of the `FAMILIES` makes of it; ValueError, naming the file and what it is,
+    where it is none."""
     name = os.path.basename(path)
     return from_state_dict(files.read(path), name, variant)
 
 
 def from_state_dict(sd, name, variant="auto"):
-    """The `Adapter` of a flat state dict, which is emptied."""
+    """The same of a flat state dict, which may be emptied."""
     sd = {re.sub(r"^adapter_modules\.", "ip_adapter.", key): value for key, value in sd.items()}
     shapes = {key: tuple(value.shape) for key, value in sd.items() if isinstance(value, torch.Tensor)}
+    if family := next((each for each in FAMILIES if each.matches(shapes)), None):
+        if variant != "auto":
+            raise ValueError(f'{name} is no IP-Adapter and cannot be "{variant}"; set variant to "auto".')
+        try:
+            return family.from_state_dict(sd, name)
+        except KeyError as error:
+            raise ValueError(f"{name} looks cut short: it has no {error}; download it again.") from None
     found = kind_of(shapes, name)
     image, attention = below(sd, "image_proj."), below(sd, "ip_adapter.")
     sd.clear()

@@ -7,7 +7,7 @@ import torch
 
 from ..shared.conditioning import digest
 from ..shared.face import face_of
-from ..shared.reference import Reference, in_file_order
+from ..shared.reference import Reference, check_node, in_file_order
 from ..shared.steering import STACK, blame, number, steer
 from .ipadapter import encoded, of_nothing, tokens_of, weights_of
 
@@ -79,8 +79,7 @@ def apply(
     crop: the aligned faces [n, h, w, 3], where the `Face` comes without its picture.
     """
     with blame(FaceID):
-        if not adapter.face:
-            raise ValueError(f"{adapter.name} takes a picture and no face embedding; use SteerIPAdapter for it.")
+        check_node(adapter, FaceID.node)
         for name, value in (("structure", structure), ("lora_strength", lora_strength)):
             number(name, value)
         face = face_of(face)

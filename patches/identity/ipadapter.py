@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...models.identity.jointadapter import JointAdapter
 from ..shared.architectures import self_attention_layers, unet
 from ..shared.conditioning import digest
-from ..shared.layers import listing
-from ..shared.reference import Reference, places
+from ..shared.jointreference import JointReference, beside, blocks_of
+from ..shared.layers import listing, resolve
+from ..shared.reference import Reference, check_node, places
 from ..shared.steering import blame, steer
 
 ALL = {unet.name: "input, middle, output"}
@@ -48,8 +50,19 @@ class IPAdapter(Reference):
     node = "SteerIPAdapter"
 
 
+@dataclass(frozen=True)
+class JointIPAdapter(JointReference):
+    node = "SteerIPAdapter"
+
+
 def weights_of(model, adapter, weight_type, layers):
-    """((Layer, weight), ...) of a preset, for the named layers of a UNet ModelPatcher."""
+    """((Layer, weight), ...) of a preset, for the named layers of a ModelPatcher."""
+    if isinstance(adapter, JointAdapter):
+        have = blocks_of(model, adapter)
+        if weight_type not in RAMPS:
+            raise ValueError(f'weight_type "{weight_type}" is known for UNets; choose one of {", ".join(RAMPS)}.')
+        chosen = have if layers.strip() == "auto" else resolve(layers, have)
+        return tuple((layer, RAMPS[weight_type](t, len(have))) for t, layer in enumerate(have) if layer in chosen)
     places(model, adapter)
     chosen = self_attention_layers(model, layers, ALL)
     network = model.get_model_object("diffusion_model")
@@ -69,14 +82,15 @@ def weights_of(model, adapter, weight_type, layers):
     return tuple((layer, w) for layer, w in zip(have, found, strict=True) if layer in chosen)
 
 
-def encoded(adapter, clip_vision, images, crop=True):
+def encoded(adapter, clip_vision, images, crop=True, head=None):
     """What the adapter takes of images [n, h, w, 3], from a CLIP_VISION: [n, E] or [n, P, E]."""
-    return taken(adapter, clip_vision.encode_image(images, crop=crop))
+    return taken(adapter, clip_vision.encode_image(images, crop=crop), head)
 
 
-def taken(adapter, output):
-    """The same of a CLIP_VISION_OUTPUT; ValueError where another encoder made it."""
+def taken(adapter, output, head=None):
+    """The same of a CLIP_VISION_OUTPUT; ValueError where another encoder made it. head: what pools its last states."""
     embeds = output.image_embeds if adapter.pooled else output.penultimate_hidden_states
+    embeds = embeds if head is None else head(output.last_hidden_state)
     if embeds.shape[-1] != adapter.image:
         raise ValueError(
             f"{adapter.name} needs {adapter.encoder}; the embeds that are wired have width {embeds.shape[-1]}."
@@ -114,29 +128,30 @@ def tokens_of(adapter, seen, how, **options):
 
 
 def unconditional_of(adapter, embeds, clip_vision, how):
-    """Tokens for the negative, [1, T, width], or None. "as trained": of a zero embedding where the adapter takes the
-    embedding, of a grey picture where it takes hidden states, as in the official code."""
+    """Tokens for the negative, [1, T, width], or None. "as trained": what `Adapter.blank` says."""
     if how == "none":
         return None
-    if how == "as trained" and adapter.pooled:
+    if how == "as trained" and adapter.blank == "zero":
         return adapter.project(torch.zeros_like(embeds[:1]))
     if clip_vision is None:
         raise ValueError(
             f'unconditional "{how}" of {adapter.name} is what the image encoder makes of a blank picture; wire '
             'clip_vision too, or choose "none".'
         )
-    if how == "as trained":
+    if how == "as trained" and adapter.blank == "grey":
         return adapter.project(of_nothing(clip_vision))
     size = clip_vision.image_size
     return adapter.project(encoded(adapter, clip_vision, torch.zeros(1, size, size, 3)))
 
 
 def apply(model, adapter, strength, weight_type, layers, combine, unconditional, schedule, image=None, clip_vision=None,
-          embeds=None, negative_image=None, mask=None, crop=True):
-    """A clone of `model` that is prompted by pictures: IMAGE [n, h, w, 3] with CLIP_VISION, or a CLIP_VISION_OUTPUT."""
+          embeds=None, negative_image=None, mask=None, crop=True, head=None):
+    """A clone of `model` that is prompted by pictures: IMAGE [n, h, w, 3] with CLIP_VISION, or a CLIP_VISION_OUTPUT.
+
+    head: of the encoder, for adapters that take SigLIP's pooled picture: last states -> [n, E].
+    """
     with blame(IPAdapter):
-        if adapter.face:
-            raise ValueError(f"{adapter.name} takes a face embedding; use SteerFaceID for it.")
+        check_node(adapter, IPAdapter.node)
         if (image is None) == (embeds is None):
             raise ValueError("needs one of image and embeds; wire the picture, or what CLIP Vision Encode made of it.")
         if clip_vision is None and not (image is None and negative_image is None):
@@ -144,14 +159,24 @@ def apply(model, adapter, strength, weight_type, layers, combine, unconditional,
         if clip_vision is not None:
             adapter.check_encoder(clip_vision.config)
         weights = weights_of(model, adapter, weight_type, layers)
-        term = IPAdapter(schedule, adapter, strength, weights, mask=mask)
+        joint = isinstance(adapter, JointAdapter)
+        term = (JointIPAdapter if joint else IPAdapter)(schedule, adapter, strength, weights, mask=mask)
         if term.off:
             return steer(model, term)
-        seen = taken(adapter, embeds) if image is None else encoded(adapter, clip_vision, image, crop)
+        if joint and adapter.headed and head is None:
+            raise ValueError(
+                f"{adapter.name} takes what SigLIP's pooling head makes of the picture, and the host leaves it out: wire "
+                "clip_vision, loaded from a safetensors file in models/clip_vision that holds the head too "
+                "(vision_model.head), as siglip-so400m-patch14-384 does."
+            )
+        seen = taken(adapter, embeds, head) if image is None else encoded(adapter, clip_vision, image, crop, head)
         tokens = tokens_of(adapter, [seen], combine)
         if negative_image is not None:
-            blank = tokens_of(adapter, [encoded(adapter, clip_vision, negative_image, crop)], "concat")
+            blank = tokens_of(adapter, [encoded(adapter, clip_vision, negative_image, crop, head)], "concat")
         else:
             blank = unconditional_of(adapter, seen, clip_vision, unconditional)
     content = digest([tokens, blank, mask])
-    return steer(model, replace(term, content=content, tokens=tokens, unconditional=blank))
+    term = replace(term, content=content, tokens=tokens, unconditional=blank)
+    if joint and adapter.timed:
+        model, term = beside(model, adapter), replace(term, patches=seen.shape[1])
+    return steer(model, term)

@@ -14,6 +14,12 @@ ORDER = ("input", "output", "middle")  # in which files number the layers
 UNCONDITIONAL = ("negative", "empty_negative_prompt")  # roles of conditionings without a reference
 
 
+def check_node(adapter, node):
+    """Raises ValueError unless the node of this id takes the adapter."""
+    if node not in adapter.nodes:
+        raise ValueError(f"{adapter.name} is {adapter.kind}; use {' or '.join(adapter.nodes)} for it.")
+
+
 def in_file_order(network):
     """The cross-attentions of a UNet as `unet.cross_attentions` has them, in the order of adapter files."""
     return sorted(unet.cross_attentions(network), key=lambda each: ORDER.index(each[0].group))
@@ -72,8 +78,19 @@ class Reference(Term):
         empty = self.mask is not None and not bool(self.mask.any())
         return super().off or self.strength == 0.0 or empty or not any(w for _, w in self.weights)
 
+    def places(self, model):
+        """[(Layer, depth)] for each layer of the adapter's file; ValueError where it is made for another network."""
+        return places(model, self.adapter)
+
+    def projected(self, run):
+        return Projected(self, run)
+
+    def answer(self, call, out):
+        """What the queries of `call` get from the reference whose keys and values are its own, beside `out`."""
+        return plain(call)
+
     def attention(self, model):
-        places(model, self.adapter)
+        self.places(model)
         layers = tuple(layer for layer, w in self.weights if w)
         return (Attention("cross", layers, self.edit, negative=self.unconditional is not None),)
 
@@ -85,7 +102,7 @@ class Reference(Term):
             fit(self.mask, run.shape)
             if any(c.get("area") or c.get("set_area_to_bounds") for cs in run.guider.conds.values() for c in cs):
                 raise ValueError("mask is for the whole picture, and a conditioning has an area; take off one of them.")
-        run.state[self] = Projected(self, run)
+        run.state[self] = self.projected(run)
 
     def edit(self, target, beside, attend, call, weight, role):
         out, projected = attend(target), call.run.state[self]
@@ -97,7 +114,7 @@ class Projected:
     """What a `Reference` needs in one run: keys and values of each layer, and the mask."""
 
     def __init__(self, term, run):
-        self.size, self.mask, self.weights = run.size, None, dict(term.weights)
+        self.size, self.mask, self.weights, self.answer = run.size, None, dict(term.weights), term.answer
         self.items = range(run.size)  # of the batch, where anything is added
         if term.mask is not None:
             mask = fit(term.mask, run.shape)
@@ -106,7 +123,7 @@ class Projected:
         given = {"positive": term.tokens}
         if term.unconditional is not None:
             given["negative"] = term.unconditional
-        at = places(run.model, term.adapter)
+        at = term.places(run.model)
         numbers = [n for n, (layer, _) in enumerate(at) if self.weights.get(layer)]
         made = term.adapter.keys_and_values(given.values(), numbers)
         self.made = {(*at[n], name): kv for n in numbers for name, kv in zip(given, made[n], strict=True)}
@@ -122,13 +139,20 @@ class Projected:
         name = "negative" if isinstance(role, Text) or role in UNCONDITIONAL else "positive"
         key = target.layer, target.depth, name, target.q.shape, target.shape, target.q.device, target.q.dtype
         if key not in self.fitted:
-            self.fitted[key] = self._fit(target, self.made[target.layer, target.depth, name])
+            self.fitted[key] = self._fit(target, self.pair(target, name))
         k, v, m, rows = self.fitted[key]
-        asking = target.q if rows is None else target.q[rows]
-        seen = plain(replace(target, q=asking, k=k, v=v, mask=None))
+        asking, its = target, out
+        if rows is not None:
+            raw = {name: t[rows] for name, t in target.raw.items()}
+            asking, its = replace(target, q=target.q[rows], raw=raw), out[rows]
+        seen = self.answer(replace(asking, k=k, v=v, mask=None), its)
         seen = seen if m is None else seen * m
         share = strength * self.weights[target.layer]
         return torch.add(out, seen, alpha=share) if rows is None else out.index_add(0, rows, seen, alpha=share)
+
+    def pair(self, target, name):
+        """(k, v), each [1 or B, T, width], for the layer of the AttnCall `target`; name: "positive" or "negative"."""
+        return self.made[target.layer, target.depth, name]
 
     def _fit(self, target, kv):
         """(k, v, mask or None, rows or None), each for the rows of `target` whose item has a reference."""
@@ -142,6 +166,10 @@ class Projected:
             items_of = items.to(t.device) if len(t) > 1 else torch.zeros_like(items).to(t.device)
             return t[items_of].to(like)
 
-        m = None if self.mask is None else of_rows(on_tokens(self.mask, target.rows(0, self.size))[..., None])
+        m = None
+        if self.mask is not None:
+            m = of_rows(on_tokens(self.mask, target.rows(0, self.size))[..., None])
+            text = target.q.shape[1] - m.shape[1]  # tokens before the image, which stand for all of it
+            m = torch.cat((m.mean(1, keepdim=True).expand(-1, text, -1), m), 1) if text else m
         chosen = None if len(rows) == count else torch.tensor(rows, device=like.device)
         return *(of_rows(t) for t in kv), m, chosen

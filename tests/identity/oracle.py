@@ -92,7 +92,7 @@ def _norm(sd, name, x):
     return layer_norm(x, x.shape[-1:], sd[f"{name}.weight"], sd[f"{name}.bias"])
 
 
-def _perceive(sd, x, latents):
+def perceive(sd, x, latents, head=64):
     x = _linear(sd, "proj_in", x)
     i = 0
     while f"layers.{i}.0.to_q.weight" in sd:
@@ -100,10 +100,9 @@ def _perceive(sd, x, latents):
         seen, asking = _norm(at, "0.norm1", x), _norm(at, "0.norm2", latents)
         q = _linear(at, "0.to_q", asking)
         k, v = _linear(at, "0.to_kv", torch.cat((seen, asking), -2)).chunk(2, -1)
-        heads = q.shape[-1] // 64
-        q, k, v = (t.reshape(*t.shape[:2], heads, 64).permute(0, 2, 1, 3) for t in (q, k, v))
-        a = (q / math.sqrt(8) @ (k / math.sqrt(8)).mT).softmax(-1) @ v
-        latents = latents + _linear(at, "0.to_out", a.permute(0, 2, 1, 3).reshape(*a.shape[:1], -1, heads * 64))
+        q, k, v = (t.reshape(*t.shape[:2], -1, head).permute(0, 2, 1, 3) for t in (q, k, v))
+        a = (q @ k.mT / math.sqrt(head)).softmax(-1) @ v
+        latents = latents + _linear(at, "0.to_out", a.permute(0, 2, 1, 3).flatten(2))
         latents = latents + _linear(at, "1.3", gelu(_linear(at, "1.1", _norm(at, "1.0", latents))))
         i += 1
     return _norm(sd, "norm_out", _linear(sd, "proj_out", latents))
@@ -117,11 +116,11 @@ def tokens(variant, sd, x=None, face=None, scale=1.0):
         return _norm(sd, "proj.3", _linear(sd, "proj.2", gelu(_linear(sd, "proj.0", x))))
     if variant in ("plus", "face-resampler"):
         x = face[:, None] if variant == "face-resampler" else x
-        return _perceive(sd, x, sd["latents"].repeat(len(x), 1, 1))
+        return perceive(sd, x, sd["latents"].repeat(len(x), 1, 1))
     e = _linear(sd, "proj.2", gelu(_linear(sd, "proj.0", face)))
     e = _norm(sd, "norm", e.reshape(len(face), 16 if variant == "portrait" else 4, -1))
     if "plus" not in variant:
         return e
     below = {k.removeprefix("perceiver_resampler."): v for k, v in sd.items() if k.startswith("perceiver")}
-    seen = _perceive(below, x, e)
+    seen = perceive(below, x, e)
     return seen if variant.endswith("v1") else e + scale * seen

@@ -128,7 +128,7 @@ def test_bad_input_raises_before_sampling(model):
     raw = face().embedding
     with toy.count_forwards(model) as count:
         for adapter, its, options, words in (
-            (picture, None, {}, "plus-0.safetensors takes a picture and no face embedding; use SteerIPAdapter"),
+            (picture, None, {}, "plus-0.safetensors is IP-Adapter plus; use SteerIPAdapter for it"),
             (plus, None, dict(strength=-1.0), "strength -1.0 must be"),
             (plus, None, dict(structure=-1.0), "structure -1.0 must be"),
             (plus, None, dict(clip_vision=None), "looks at the face too: wire clip_vision. It needs an image encoder"),

@@ -284,7 +284,7 @@ def test_bad_input_raises_before_sampling(model):
             (adapter, dict(strength=-1.0), "strength -1.0 must be a finite number from 0"),
             (adapter, dict(layers="double.1"), 'no layer "double.1"; this model has'),
             (adapter, dict(weight_type="style"), "is known for SD1.x and SDXL, and this model has 7 layers"),
-            (face, {}, "faceid-0.safetensors takes a face embedding; use SteerFaceID"),
+            (face, {}, "faceid-0.safetensors is IP-Adapter faceid; use SteerFaceID for it"),
             (small, {}, "small.bin is made for a UNet with 2 cross-attentions to a text of width 64; this model has 7"),
             (large, {}, "7 to a text of width 64, of other sizes"),
             (adapter, dict(image=None), "needs one of image and embeds"),
