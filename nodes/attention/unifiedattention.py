@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ...patches.attention import unifiedattention
+from ...patches.shared.alignment import OPERATIONS
 from .. import inputs
 
 
@@ -11,12 +12,38 @@ class UnifiedAttention(io.ComfyNode):
             node_id="SteerUnifiedAttention",
             display_name="Unified Attention Control (InfEdit)",
             category="steer/attention",
-            description="Edits without inversion that keep the layout: while FlowEdit (or DDCM) edits, self-attention "
-            "first takes the layout of the source picture, then its textures. Wire the model that comes out to "
-            "SteerFlowEdit, whose source prompt and noise it uses.",
-            search_aliases=["InfEdit", "UAC", "attention modulation", "attention merging", "inversion-free editing"],
+            description="Edits without inversion that keep the layout: while FlowEdit (or DDCM) edits, attention to "
+            "words that both prompts have is the source picture's, and self-attention first takes its layout, then its "
+            "textures. Wire the model and both prompts that come out to SteerFlowEdit, whose noise it uses.",
+            search_aliases=[
+                "InfEdit", "UAC", "attention modulation", "attention merging", "cross-attention control",
+                "inversion-free editing",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that edits: a UNet or a DiT."),
+                io.Clip.Input("clip", tooltip="Its text encoder, from the same checkpoint loader."),
+                io.String.Input(
+                    "source_prompt", multiline=True, tooltip="A prompt that describes the picture as it is."
+                ),
+                io.String.Input(
+                    "prompt", multiline=True, tooltip="The same, edited. The less differs, the more of it stays."
+                ),
+                io.Combo.Input(
+                    "operation",
+                    options=list(OPERATIONS),
+                    tooltip="refine: words put in or left out; what both have is matched in order. replace: word for "
+                    "word, as many in both; the new word goes where the old one was. reorder: equal words wherever "
+                    "they stand.",
+                ),
+                io.Float.Input(
+                    "cross_replace",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Share of the window in which attention to words is the source's. Higher keeps more of the "
+                    "layout; lower gives the new words more room. 0 is off, and leaves self-attention alone.",
+                ),
                 io.Float.Input(
                     "self_replace",
                     default=0.3,
@@ -48,13 +75,25 @@ class UnifiedAttention(io.ComfyNode):
                 inputs.layers("act in", "all"),
                 *inputs.window(),
             ],
-            outputs=[io.Model.Output(tooltip="The model, steered. Wire it to SteerFlowEdit.")],
+            outputs=[
+                io.Model.Output(tooltip="The model, steered. Wire it to SteerFlowEdit."),
+                io.Conditioning.Output(display_name="source", tooltip="The source prompt, for SteerFlowEdit."),
+                io.Conditioning.Output(display_name="positive", tooltip="The new prompt, for SteerFlowEdit."),
+                io.String.Output(
+                    display_name="alignment", tooltip="Which word gets its attention from which, for Preview as Text."
+                ),
+            ],
         )
 
     @classmethod
-    def execute(cls, model, self_replace, eta, gamma, layers, start_percent, end_percent) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, source_prompt, prompt, operation, cross_replace, self_replace, eta, gamma, layers,
+        start_percent, end_percent,
+    ) -> io.NodeOutput:
         schedule = inputs.schedule(start_percent, end_percent)
-        return io.NodeOutput(unifiedattention.apply(model, self_replace, eta, gamma, layers, schedule))
+        source, positive, alignment = texts = unifiedattention.prompts(clip, source_prompt, prompt, operation)
+        made = unifiedattention.apply(model, self_replace, eta, gamma, layers, schedule, cross_replace, texts)
+        return io.NodeOutput(made, source, positive, str(alignment))
 
 
 NODES = [UnifiedAttention]

@@ -2,15 +2,19 @@
 what FlowEdit's sampler shows the network of the picture, at the same noise."""
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..inversion.flowedit import FlowEdit
+from ..shared.alignment import align
 from ..shared.architectures import flux, hunyuan, lumina, qwen, sd3, self_attention_layers, unet, wan
-from ..shared.attention import Attention, image_from, plain
+from ..shared.attention import Attention, image_from
+from ..shared.conditioning import digest
 from ..shared.schedule import Schedule
 from ..shared.steering import Source, Term, blame, number, steer
+from ..shared.words import encode
+from .prompttoprompt import CrossReplace, same_text, stacked
 
 ALL = dict.fromkeys((a.name for a in (unet, flux, sd3, lumina, qwen, wan, hunyuan)), "0%-100%")
 
@@ -22,13 +26,27 @@ def _conds(guider):
 LIVE = Source("FlowEdit", None, _conds)  # the source of the run's own sampler
 
 
+def live(run):
+    """ValueError where the run's sampler does not show a source at every step."""
+    if not isinstance(run.sampler, FlowEdit):
+        raise ValueError(
+            "needs the guider and the sampler of SteerFlowEdit, which show the network the source at each step; wire "
+            "this model to SteerFlowEdit."
+        )
+    if run.sampler.n_min:
+        raise ValueError(
+            f"n_min {run.sampler.n_min} draws the last steps without a source; set n_min of SteerFlowEdit to 0."
+        )
+
+
 @dataclass(frozen=True)
 class Control(Term):
-    """What both parts have in common. `own`: the share of the target's own attention."""
+    """What both parts of self-attention have in common. `own`: the share of the target's own attention."""
 
     own: float = 0.0
     layers: str = "auto"
     name = "eta"
+    takes = "qk"  # from the source
     node = "SteerUnifiedAttention"
     edits = True
     exclusive = True
@@ -41,33 +59,23 @@ class Control(Term):
         return super().off or self.own == 1.0
 
     def prepare(self, run):
-        if not isinstance(run.sampler, FlowEdit):
-            raise ValueError(
-                "needs the guider and the sampler of SteerFlowEdit, which show the network the source at each step; "
-                "wire this model to SteerFlowEdit."
-            )
-        if run.sampler.n_min:
-            raise ValueError(
-                f"n_min {run.sampler.n_min} draws the last steps without a source; set n_min of SteerFlowEdit to 0."
-            )
+        live(run)
 
     def branches(self, model):
         return (LIVE,)
 
-    def on(self, model, sets):
-        layers = self_attention_layers(model, self.layers, ALL)
-        return (Attention("self", layers, self.edit, sets, (LIVE,)),)
+    def attention(self, model):
+        sets = tuple({"q": "queries", "k": "keys", "v": "values"}[name] for name in self.takes)
+        return (Attention("self", self_attention_layers(model, self.layers, ALL), self.edit, sets, (LIVE,)),)
+
+    def edit(self, target, beside, attend, call, weight, role):
+        other = attend(image_from(*beside, target, self.takes))  # words may be edited in both
+        return other if self.own == 0.0 else torch.lerp(other, attend(target), self.own)
 
 
 @dataclass(frozen=True)
 class Modulation(Control):
     """(eta P_t + (1 - eta) P_s) V_t: places attend to each other as in the source, so its layout stays. Rigid edits."""
-
-    def attention(self, model):
-        return self.on(model, ("queries", "keys"))
-
-    def edit(self, target, beside, attend, call, weight, role):
-        return mixed(target, image_from(*beside, target, "qk"), attend, self.own)
 
 
 @dataclass(frozen=True)
@@ -75,25 +83,41 @@ class Merging(Control):
     """gamma P_t V_t + (1 - gamma) softmax(Q_t K_s) V_s: its own layout, filled from the source. Non-rigid edits."""
 
     name = "gamma"
-
-    def attention(self, model):
-        return self.on(model, ("keys", "values"))
-
-    def edit(self, target, beside, attend, call, weight, role):
-        return mixed(target, image_from(*beside, target, "kv"), attend, self.own)
+    takes = "kv"
 
 
-def mixed(target, other, attend, own):
-    """own * attention of `target` + (1 - own) * attention of `other`."""
-    if own == 0.0:
-        return attend(other)
-    return torch.lerp(plain(other), attend(target), own)
+@dataclass(frozen=True)
+class CrossControl(CrossReplace):
+    """The map from places to words as Prompt-to-Prompt edits it, from the source that the sampler shows."""
+
+    before: list = field(default=None, compare=False, repr=False)  # CONDITIONING of the source
+    node = Control.node
+
+    def prepare(self, run):
+        live(run)
+        same_text(run, "source", self.before)
+        same_text(run, "positive", self.positive)
 
 
-def apply(model, self_replace, eta, gamma, layers, schedule):
+def prompts(clip, source_prompt, prompt, operation="refine"):
+    """CONDITIONING of both and their `Alignment`."""
+    (source, before), (positive, after) = encode(clip, source_prompt), encode(clip, prompt)
+    with blame(Control):
+        return source, positive, align(before, after, operation)
+
+
+def apply(model, self_replace, eta, gamma, layers, schedule, cross_replace=0.0, texts=None):
+    """texts: of `prompts`, for cross_replace above 0; of a batch one alignment for all of its pictures, or for each."""
     with blame(Control):
         number("self_replace", self_replace, 0.0, 1.0)
+        number("cross_replace", cross_replace, 0.0, 1.0)
     start, end = schedule.start_percent, schedule.end_percent
-    turn = start + self_replace * (end - start)
+    turn, last = (start + share * (end - start) for share in (self_replace, cross_replace))
     model = steer(model, Modulation(Schedule(start, turn), eta, layers))
-    return steer(model, Merging(Schedule(turn, end), gamma, layers))
+    model = steer(model, Merging(Schedule(turn, end), gamma, layers))
+    if texts is None:
+        return model
+    source, positive, *alignments = texts
+    tensors = stacked((a.M, a.alpha, a.target.weights(""), a.source.weights("")) for a in alignments)
+    words = Schedule(start, last), LIVE, layers, digest(tensors)
+    return steer(model, CrossControl(*words, *tensors, positive, before=source))

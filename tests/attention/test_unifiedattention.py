@@ -3,17 +3,21 @@
 import pytest
 import torch
 import toy
+from attention import texts
 from attention.by_hand import ARGUMENTS, TOKENS, attention, image_of, near, network, noise, text
 from bench.lab_editing import figures, with_outside
 from bench.lab_inversion_edit import case
 from bench.lab_unified import edit as drawn
 from comfy.patcher_extension import WrappersMP
-from steer.patches.attention import unifiedattention
+from steer.patches.attention import prompttoprompt, unifiedattention
 from steer.patches.guidance import apg, pag
 from steer.patches.inversion.flowedit import FlowEdit, guider
 from steer.patches.shared.schedule import Schedule
+from steer.patches.shared.trajectory import Trajectory, fingerprint
 
 ALWAYS, CFGS = Schedule(), (1.5, 4.0)
+SOURCE = "a happy person, blue hair, a hat"
+PROMPTS = {"refine": "a happy old person, hair, a red hat, glasses", "replace": "a sad person, reddish hair, a hat"}
 
 
 def steered(model, self_replace=1.0, eta=0.0, gamma=0.0, layers="auto", schedule=ALWAYS):
@@ -112,6 +116,105 @@ def test_the_same_prompt_returns_the_picture(other):
     assert not near(edited(other, steered(model, 0.5), latent=latent), edited(other, model, latent=latent), 1e-3)
 
 
+def spoken(operation="refine", prompt=None):
+    return unifiedattention.prompts(texts.clip(), SOURCE, prompt or PROMPTS[operation], operation)
+
+
+def with_words(model, spoken, self_replace=1.0, eta=1.0, gamma=1.0, cross_replace=1.0, schedule=ALWAYS):
+    return unifiedattention.apply(model, self_replace, eta, gamma, "0%-100%", schedule, cross_replace, spoken)
+
+
+def stepped(name, made, spoken):
+    """D of the target in DDCM's one step, and the path from what the sampler showed of the source to the picture."""
+    (source, positive, _), latent, seen = spoken, 0.3 * texts.noise(name, 40), []
+    pair = guider(made, source, positive, texts.conditioning(""), 1.0, 1.0)
+    predict = pair.predict_source
+
+    def watch(x, *args, **kwargs):
+        seen.extend((x, predict(x, *args, **kwargs)))
+        return seen[-1]
+
+    pair.predict_source = watch
+    sigmas = toy.sigmas(made, 4)[[1, -1]]
+    out = toy.sample(made, None, FlowEdit("DDCM", 99), guider=pair, start=latent * 0, latent=latent, sigmas=sigmas)
+    latents = torch.stack((seen[0], made.model.process_latent_in(latent)))
+    return out - latent + made.model.process_latent_out(seen[1]), Trajectory(sigmas, latents, fingerprint(made), source)
+
+
+@pytest.mark.parametrize("other", ["unet", "flux", "sd3", "qwen", "lumina", "z-image", "wan"])
+@pytest.mark.parametrize("operation", PROMPTS)
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_words_are_prompt_to_prompts(other, operation, own):
+    """From the same latents; with the layout of the source all the time, and without."""
+    model, said = texts.network(other), spoken(operation)
+    D, path = stepped(other, with_words(model, said, eta=own), said)
+    theirs, positive, _ = prompttoprompt.apply(
+        model, texts.clip(), path, SOURCE, PROMPTS[operation], operation, cross_replace=1.0, self_replace=1 - own,
+        layers="0%-100%",
+    )
+    step = dict(texts.one_step(path), positive=positive, negative=texts.conditioning(""))
+    assert near(D, toy.sample(theirs, 1.0, **step), 1e-4)
+    assert not near(D, toy.sample(model, 1.0, **step), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["modulation", "merging"])
+def test_words_beside_shares_of_both_attentions_are_explicit_maps(name, kind):
+    model, said, share, kept = texts.network(name), spoken(), 0.4, {}
+    D, path = stepped(name, with_words(model, said, float(kind == "modulation"), share, share), said)
+    source, positive, aligned = said
+    alpha, M = aligned.alpha, aligned.M
+
+    def keep(kind, number, *args):
+        kept[number] = args
+
+    def look(attention, number, q, k, v, heads, n):
+        q_s, k_s, v_s, *_ = kept[number]
+        image = slice(n, n + (64 if n else None or len(q[0])))
+        own, its = texts.maps(q, k, heads), texts.maps(q_s[:, image], k_s[:, :n] if n else k_s, heads)
+        if attention == "cross":
+            return texts.times(alpha * (its @ M) + (1 - alpha) * own, v)
+        q_o, k_o, v_o = (image_of(s, t, image) for s, t in ((q_s, q), (k_s, k), (v_s, v)))
+        other = texts.maps(q_o, k_o, heads) if kind == "modulation" else texts.maps(q, k_o, heads)
+        out = share * texts.times(own, v) + (1 - share) * texts.times(other, v if kind == "modulation" else v_o)
+        if n:
+            a = (share * own + (1 - share) * other)[:, :, image, :n]
+            mass = (a * alpha).sum(-1, keepdim=True) / (its @ (M @ alpha))[..., None]
+            out[:, image] += texts.times(mass * (its @ M * alpha) + (1 - alpha) * a - a, v[:, :n])
+        return out
+
+    step = dict(texts.one_step(path), negative=texts.conditioning(""))
+    toy.sample(texts.watched(name, model, keep), 1.0, **step, positive=source)
+    assert near(D, toy.sample(texts.watched(name, model, look), 1.0, **step, positive=positive), 1e-4)
+
+
+@pytest.mark.parametrize("other", ["unet", "flux", "sd3", "qwen", "lumina", "z-image", "wan"])
+def test_the_same_words_return_the_picture(other):
+    model, said = texts.network(other), spoken(prompt=SOURCE)
+    latent = 0.3 * texts.noise(other, 40)
+    pair = guider(with_words(model, said, 0.5, 0.0, 0.0, 0.7), *said[:2], texts.conditioning(""), 3.0, 3.0)
+    out = toy.sample(model, None, FlowEdit("DDCM", 99), guider=pair, start=latent * 0, latent=latent, steps=2)
+    assert (out - latent).abs().max() < 2e-3
+
+
+def test_words_count_in_their_share_of_the_window_and_not_at_all_at_0(name):
+    """Bit for bit, as long as nothing of the texts is asked."""
+    model, said, seen = texts.network(name), spoken(), []
+    (source, positive, _), latent = said, 0.3 * texts.noise(name, 40)
+
+    def run(made):
+        pair = guider(made, source, positive, texts.conditioning(""), *CFGS)
+        return toy.sample(made, None, FlowEdit(), guider=pair, start=latent * 0, latent=latent)
+
+    for share in (0.0, 0.3, 1.0):
+        seen.append(run(with_words(model, said, 0.3, 0.0, 0.5, share)))
+    assert torch.equal(seen[0], run(unifiedattention.apply(model, 0.3, 0.0, 0.5, "0%-100%", ALWAYS)))
+    assert not near(seen[1], seen[0], 1e-3) and not near(seen[2], seen[1], 1e-3)
+    late = with_words(model, said, cross_replace=0.5, schedule=Schedule(0.5, 1.0))
+    with toy.count_forwards(model) as count:
+        run(late)
+    assert (count.calls, count.rows) == (8, 16 + 2)  # in one of the 4 steps
+
+
 @pytest.mark.parametrize("options", [dict(eta=1.0, gamma=1.0), dict(schedule=Schedule(0.5, 0.5))], ids=str)
 def test_off_is_no_node(name, options):
     model = network(name)
@@ -178,6 +281,16 @@ def test_bad_input_raises_before_sampling(name):
             toy.sample(steered(model), positive=text(name, 1), negative=text(name, 2), start=noise(name))
         with pytest.raises(ValueError, match="SteerUnifiedAttention: n_min 1 .* set n_min of SteerFlowEdit to 0"):
             edited(name, steered(model), 4, n_min=1)
+        with pytest.raises(ValueError, match='SteerUnifiedAttention: the prompts have 7 and 2 words, and "replace"'):
+            unifiedattention.prompts(texts.clip(), SOURCE, "a person", "replace")
+        said = spoken()
+        with pytest.raises(ValueError, match="SteerUnifiedAttention: cross_replace 1.5"):
+            with_words(model, said, cross_replace=1.5)
+        for its, mine, which in ((said[1], said[1], "source"), (said[0], said[0], "positive")):
+            with pytest.raises(ValueError, match=f"SteerUnifiedAttention: the guider's {which} is not the .* prompt"):
+                stepped(name, with_words(model, said), (its, mine, None))
+        with pytest.raises(ValueError, match="SteerUnifiedAttention: needs the guider and the sampler of SteerFlow"):
+            toy.sample(with_words(model, said), positive=said[1], negative=said[0], start=noise(name))
     assert count.calls == 0
 
 

@@ -22,23 +22,40 @@ INTRO = (
     "# Unified attention control on the lab\n\nEach table says by which command it was made; what the columns mean is "
     "said at the top of `tests/bench/lab_editing.py`. The lab proves the implementation, not the looks on other models."
 )
-SETTINGS = [  # name, (self_replace, eta, gamma) or None
+SETTINGS = [  # name, (self_replace, eta, gamma) or None, cross_replace
     ("without", None),
+    ("words for 0.7", (0.0, 1.0, 1.0), 0.7),
     ("layout for 0.3, then textures", (0.3, 0.0, 0.0)),
-    ("the same, eta and gamma 0.5", (0.3, 0.5, 0.5)),
+    ("both", (0.3, 0.0, 0.0), 0.7),
+    ("layout and textures, eta and gamma 0.5", (0.3, 0.5, 0.5)),
+    ("both, eta and gamma 0.5", (0.3, 0.5, 0.5), 0.7),
     ("layout alone, for 0.6", (0.6, 0.0, 1.0)),
     ("layout alone", (1.0, 0.0, 1.0)),
+    ("layout alone, words for 0.7", (1.0, 0.0, 1.0), 0.7),
     ("textures alone", (0.0, 1.0, 0.0)),
 ]
 
 
-def edit(lab, method, steps, seed, settings=None):
+def aligned(lab):
+    """For each picture of a `Case`, which word of its edit is which of its caption."""
+    from steer.models.lab.captions import caption
+    from steer.models.lab.load import load_clip
+    from steer.patches.attention.unifiedattention import prompts
+
+    clip = load_clip()
+    return [prompts(clip, caption(a), caption(b))[2] for a, b in zip(lab.sources, lab.edits, strict=True)]
+
+
+def edit(lab, method, steps, seed, settings=None, cross_replace=0.0):
     """Edited latents [B, 4, 16, 16] of a `Case`."""
     from steer.patches.attention import unifiedattention
     from steer.patches.inversion.flowedit import FlowEdit, guider
     from steer.patches.shared.schedule import Schedule
 
-    model = unifiedattention.apply(lab.model, *settings, "auto", Schedule()) if settings else lab.model
+    model = lab.model
+    if settings:
+        texts = (lab.before, lab.after, *aligned(lab)) if cross_replace else None
+        model = unifiedattention.apply(model, *settings, "auto", Schedule(), cross_replace, texts)
     pair = guider(model, lab.before, lab.after, lab.nothing, 1.0, CFG)
     return lab.sample(model, None, FlowEdit(method, steps), lab.sigmas(steps), guider=pair, seed=seed)
 
@@ -50,8 +67,8 @@ def kept(method):
         import torch
 
         labs = [with_outside(case("unet", portraits, 7000 + 1000 * n)) for n in range(sets)]
-        for name, settings in SETTINGS:
-            found = [figures(lab, edit(lab, method, steps, n, settings)) for n, lab in enumerate(labs)]
+        for name, *settings in SETTINGS:
+            found = [figures(lab, edit(lab, method, steps, n, *settings)) for n, lab in enumerate(labs)]
             yield name, {column: float(torch.cat([each[column] for each in found]).mean()) for column in COLUMNS}
 
     return rows
