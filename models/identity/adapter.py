@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import fastcomposer, files, infiniteyou, joint, photomaker, projectors
+from . import fastcomposer, files, infiniteyou, joint, photomaker, projectors, pulid
 from .projectors import below
 
 FACE = 512  # width of a face embedding
@@ -38,7 +38,7 @@ VARIANTS = {  # projector, what its picture should be
     "face-resampler": (projectors.Resampler, "a face embedding as it is, not normalised (portrait unnorm, InstantID)"),
 }
 
-FAMILIES = (photomaker, fastcomposer, infiniteyou, joint)  # other kinds of files, each read by a module of its own
+FAMILIES = (photomaker, fastcomposer, infiniteyou, joint, pulid)  # other files, each read by a module of its own
 
 
 class Network(nn.Module):
@@ -87,7 +87,7 @@ class Adapter:
 
     @property
     def blank(self):
-        """What the negative was shown in training: "zero" for the encoder's output, else a "grey" or "black" picture."""
+        """What the negative is, as trained: "zero" for the encoder's output, else a "grey" or "black" picture."""
         return "zero" if self.pooled else "grey"
 
     @property

@@ -127,7 +127,7 @@ def tokens_of(adapter, seen, how, **options):
     return tokens if how == "one each" else tokens.flatten(0, 1)[None]
 
 
-def unconditional_of(adapter, embeds, clip_vision, how):
+def unconditional_of(adapter, embeds, clip_vision, how, head=None):
     """Tokens for the negative, [1, T, width], or None. "as trained": what `Adapter.blank` says."""
     if how == "none":
         return None
@@ -141,7 +141,7 @@ def unconditional_of(adapter, embeds, clip_vision, how):
     if how == "as trained" and adapter.blank == "grey":
         return adapter.project(of_nothing(clip_vision))
     size = clip_vision.image_size
-    return adapter.project(encoded(adapter, clip_vision, torch.zeros(1, size, size, 3)))
+    return adapter.project(encoded(adapter, clip_vision, torch.zeros(1, size, size, 3), head=head))
 
 
 def apply(model, adapter, strength, weight_type, layers, combine, unconditional, schedule, image=None, clip_vision=None,
@@ -163,10 +163,12 @@ def apply(model, adapter, strength, weight_type, layers, combine, unconditional,
         term = (JointIPAdapter if joint else IPAdapter)(schedule, adapter, strength, weights, mask=mask)
         if term.off:
             return steer(model, term)
-        if joint and adapter.headed and head is None:
+        if not (joint and adapter.headed):
+            head = None
+        elif head is None:
             raise ValueError(
-                f"{adapter.name} takes what SigLIP's pooling head makes of the picture, and the host leaves it out: wire "
-                "clip_vision, loaded from a safetensors file in models/clip_vision that holds the head too "
+                f"{adapter.name} takes what SigLIP's pooling head makes of the picture, and the host leaves it out: "
+                "wire clip_vision, loaded from a safetensors file in models/clip_vision that holds the head too "
                 "(vision_model.head), as siglip-so400m-patch14-384 does."
             )
         seen = taken(adapter, embeds, head) if image is None else encoded(adapter, clip_vision, image, crop, head)
@@ -174,7 +176,7 @@ def apply(model, adapter, strength, weight_type, layers, combine, unconditional,
         if negative_image is not None:
             blank = tokens_of(adapter, [encoded(adapter, clip_vision, negative_image, crop, head)], "concat")
         else:
-            blank = unconditional_of(adapter, seen, clip_vision, unconditional)
+            blank = unconditional_of(adapter, seen, clip_vision, unconditional, head)
     content = digest([tokens, blank, mask])
     term = replace(term, content=content, tokens=tokens, unconditional=blank)
     if joint and adapter.timed:

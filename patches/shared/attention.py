@@ -1,7 +1,7 @@
 """One attention call, whatever the architecture, and edits that act on some of its rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
@@ -22,6 +22,8 @@ class AttnCall:
     shape: of the latent that this forward works on, [B, C, (T,) H, W].
     depth: number of the transformer in its layer.
     precision: dtype in which the host multiplies q and k; None for their own.
+    raw: of transformers, where an `Attention` asks for it: what the network asks with before it is given its place,
+        {"q": [B, n, heads * d], ...}, as the `taps` of the architecture have it.
     """
 
     q: torch.Tensor
@@ -36,6 +38,7 @@ class AttnCall:
     shape: tuple[int, ...] = ()
     depth: int = 0
     precision: torch.dtype | None = None
+    raw: dict = field(default_factory=dict)
 
     @property
     def places(self):
@@ -59,7 +62,8 @@ class AttnCall:
         """The same call for rows first..last of the batch."""
         cut = (t[first:last] for t in (self.q, self.k, self.v))
         mask = cut_mask(self.mask, first, last, self.q.shape[0])
-        return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask)
+        raw = {name: t[first:last] for name, t in self.raw.items()}
+        return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask, raw=raw)
 
 
 def cut_mask(mask, first, last, rows):
@@ -116,6 +120,7 @@ class Attention:
         time, are refused.
     beside: branches of the term. A `Source` stands for its rows beside those that are edited.
     negative: whether rows under other texts than the positive are edited too.
+    raw: the AttnCalls come with `raw`.
     """
 
     kind: str
@@ -124,6 +129,7 @@ class Attention:
     sets: tuple[str, ...] = ()
     beside: tuple = ()
     negative: bool = True
+    raw: bool = False
 
 
 def perturb(edit, target, attend):

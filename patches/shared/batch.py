@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 
+from .after import after_of
 from .architectures import adapter_of, hold, needs_hooks
 from .attention import perturb
 from .beside import BESIDE, edit_features, run_beside
@@ -75,7 +76,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     call, size = options.get(CALL), x.shape[0]
     units = _units(run, call, options, size)
     edits, skips, mirrors = _edits(run, call, units)
-    features = _features(run, call)
+    features, after = _features(run, call), after_of(run, call, units)
     keeps = _keeps(call, units)
     rows, held, added, given = None, nullcontext(), control, dict(kwargs)
     for term, weight, _ in call.active if call else ():
@@ -83,9 +84,10 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
             width = size // len(units)
             places = [(unit.role, slice(n * width, (n + 1) * width)) for n, unit in enumerate(units)]
             given["y"] = term.pooled(given["y"], places, call, weight)
-    if edits or skips or features or any(unit.joins for unit in units):
+    if edits or skips or features or after.edits or any(unit.joins for unit in units):
         options = dict(options)
         rows = Rows(options, units, x.shape, edits, skips, features, keeps, call and call.source, mirrors)
+        rows.after = after
         adapter = adapter_of(run.model.model)
         if needs_hooks(adapter, rows) and unsafe_for_hooks(options):
             raise ValueError(f"Steer: {unsafe_for_hooks(options)}, so that blocks cannot be steered; leave that out.")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .after import NONE
 from .layers import Layer
 from .mirror import mirrored
 
@@ -82,6 +83,7 @@ class Rows:
     features: {Layer or Residual: [edit]} of what blocks put out or add, edit(h, rows) -> h.
     mirrors: {Layer: {role}}, whose image tokens are the positive's as they enter the block.
     kept: where attention of the roles `keeps` is left for forwards that follow, {(Layer, kind, depth, role): AttnCall}.
+    after: `after.After`, what follows blocks; set by whoever makes the rows.
     """
 
     def __init__(self, options, units, shape, edits, skips, features=None, keeps=(), kept=None, mirrors=None):
@@ -105,6 +107,7 @@ class Rows:
         self.whole = 0  # of a unit that is always there
         self.fresh = False
         self.cache, self.indexed = {}, {}
+        self.after = NONE
 
     def edited(self, layer, kind):
         """[{role: [Edited]}] of the attention of that kind in this layer."""

@@ -82,6 +82,7 @@ class Run:
         self.attention = {term: tuple(term.attention(self.model)) for term, _, _ in self.terms}
         self._conflicts()
         self.features = {term: tuple(term.features(self.model)) for term, _, _ in self.terms}
+        self.after = {term: tuple(term.after(self.model)) for term, _, _ in self.terms}
         branches = dict.fromkeys(branch for _, _, needed in self.terms for branch in needed)
         self.others = {branch: Model(branch.model, self) for branch in branches if isinstance(branch, Other)}
         texts = {b: b.conds(guider) for b in branches if isinstance(b, (Text, Source))}

@@ -154,6 +154,15 @@ class Term:
         """
         return ()
 
+    def after(self, model):
+        """Edits of the image tokens that blocks of a transformer leave: [(layer, edit)], edit(hidden, target, call=,
+        weight=, role=) -> hidden.
+
+        hidden: [b, N, C], rows of one cond of the target, with what other terms added.  target: AttnCall of these
+        tokens, q, k and v of it the hidden states without that, raw as the `taps` of the architecture have it.
+        """
+        return ()
+
     def pooled(self, y, rows, call, weight):
         """The pooled texts [rows of the forward, D] in place of `y`. rows: [(role, slice)], one per cond."""
         return y
@@ -244,6 +253,7 @@ def steer(model, term):
             term.branches(model)
             term.attention(model)
             term.features(model)
+            term.after(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
         install(model)
     return model

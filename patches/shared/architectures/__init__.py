@@ -8,11 +8,14 @@ An adapter is a module or class with
     tail(diffusion_model)         the module after the last block; None where there is none that sees all rows
     sharable(diffusion_model)     True where rows may share blocks: all that happens between them follows the rows
     patch(options, rows, network) puts what `rows` need into a private copy of one call's transformer_options
+    taps(block)                   {name: (module in it, (args, output) -> [B, N, heads, d])}: where queries (and keys)
+                                  are before the network places them; not all adapters have it
     tagged                        True where attention finds its edits by the block that runs, which takes hooks
 """
 
 from contextlib import contextmanager
 
+from ..after import kept
 from ..layers import listing, resolve
 from ..rows import Residual
 from . import flux, hunyuan, lumina, qwen, sd3, unet, wan
@@ -93,7 +96,8 @@ def adapter_of(model):
 
 def needs_hooks(adapter, rows):
     inside = any(isinstance(place, Residual) for place in rows.features)
-    return bool(rows.shares or rows.skips or rows.mirrors or inside or (rows.edits and adapter.tagged))
+    at_blocks = rows.edits or rows.after.edits
+    return bool(rows.shares or rows.skips or rows.mirrors or inside or (at_blocks and adapter.tagged))
 
 
 @contextmanager
@@ -101,7 +105,7 @@ def hold(adapter, network, options, rows):
     """`rows` at work in one forward of `network`."""
     adapter.patch(options, rows, network)
     if needs_hooks(adapter, rows):
-        with rows.on(adapter.blocks(network), adapter.tail(network)):
+        with rows.on(adapter.blocks(network), adapter.tail(network)), kept(adapter, network, rows):
             yield
     else:
         yield

@@ -1,5 +1,6 @@
 """Flux and the transformers built of its blocks: Flux, Flux2, Chroma, Chroma Radiance."""
 
+from ..after import follow
 from ..layers import Layer
 from ..rows import Block
 from . import dit
@@ -33,6 +34,13 @@ def tail(diffusion_model):
 
 def patch(options, rows, network):
     dit.patch(options, rows, tokens)
+    follow(options, rows)
+
+
+def taps(block):
+    """Queries after they are normalised and before they are rotated: of the image, in a single block of all tokens."""
+    norm = block.img_attn.norm if hasattr(block, "img_attn") else block.norm
+    return {"q": (norm, lambda args, output: output[0].transpose(1, 2))}
 
 
 def tokens(rows, options, length):

@@ -35,6 +35,12 @@ def patch(options, rows, network):
     dit.patch(options, rows, tokens)
 
 
+def taps(block):
+    """Queries and keys of the image before they are normalised."""
+    attention = block.x_block.attn
+    return {name: (norm, lambda args, output: args[0]) for name, norm in (("q", attention.ln_q), ("k", attention.ln_k))}
+
+
 def tokens(rows, options, length):
     text = rows.streams["context"].shape[1]
     return (0, text), (text, length)
