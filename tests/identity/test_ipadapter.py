@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from identity import oracle
 from identity.by_hand import ORDER, by_hand, e_of, encoder, load, pictures, seen
 from steer.models.identity import adapter as files
-from steer.patches.guidance import apg, pag
+from steer.patches.guidance import apg, negative, pag
 from steer.patches.identity import ipadapter
 from steer.patches.shared import reference
 from steer.patches.shared.layers import Layer
@@ -246,6 +246,11 @@ def test_with_guidance_of_other_kinds(model):
     assert near(*(toy.sample(each) for each in made))
     made = [apg.apply(each, 0.0, 15.0, -0.5, ALWAYS) for each in (steered(model, adapter), hand)]
     assert near(*(toy.sample(each) for each in made))
+    step = dict(sigmas=torch.tensor([6.0, 0.0]))
+    out = toy.sample(negative.apply(steered(model, adapter), toy.text(8), 3.0, ALWAYS), **step)
+    D_p, D_0, D_n = (toy.sample(hand, cfg, **step, **given)
+                     for cfg, given in ((1.0, {}), (0.0, {}), (0.0, dict(negative=toy.text(8)))))
+    assert near(out, D_0 + 5.0 * (D_p - D_0) - 3.0 * (D_n - D_0), 1e-4)
 
 
 def test_half_precision(model):
