@@ -44,6 +44,14 @@ def path_of(file):
     return None
 
 
+def encoders():
+    """Paths of the safetensors files in models/clip_vision."""
+    import folder_paths
+
+    names = folder_paths.get_filename_list("clip_vision")
+    return [folder_paths.get_full_path_or_raise("clip_vision", n) for n in names if n.lower().endswith(".safetensors")]
+
+
 def recognisers():
     """{name: folder} of the folders below models/insightface that hold ONNX files."""
     found = {}

@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ...models.identity import adapter as files
+from ...models.identity import siglip
 from ...patches.identity import ipadapter
 from .. import adapters, inputs
 
@@ -13,14 +14,17 @@ class IPAdapter(io.ComfyNode):
             display_name="IP-Adapter: Image Prompt",
             category="steer/identity",
             description="Prompts with a picture beside the text: the picture becomes words of its own, which every "
-            "cross-attention of the UNet asks too. What it carries (subject, face, style, layout) depends on the "
-            "adapter. Several of these nodes add up, in any order.",
+            "cross-attention of a UNet asks too, or every block of Flux and SD3.5. What it carries (subject, face, "
+            "style, layout) depends on the adapter. Several of these nodes add up, in any order.",
             search_aliases=[
                 "image prompt", "IPAdapter", "IPAdapter Advanced", "IP adapter plus", "reference image",
-                "style transfer", "composition transfer", "InstantStyle", "decoupled cross-attention",
+                "style transfer", "composition transfer", "InstantStyle", "decoupled cross-attention", "Flux IPAdapter",
+                "XLabs", "InstantX", "SD3 IPAdapter",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The UNet (SD1.x, SD2.x, SDXL) that the adapter was made for."),
+                io.Model.Input(
+                    "model", tooltip="The model (SD1.x, SD2.x, SDXL, Flux, SD3.5) that the adapter was made for."
+                ),
                 io.Custom("STEER_ADAPTER").Input("adapter", tooltip="From SteerLoadAdapter."),
                 io.Float.Input(
                     "strength",
@@ -93,10 +97,12 @@ class IPAdapter(io.ComfyNode):
         cls, model, adapter, strength, weight_type, layers, combine, unconditional, crop, start_percent, end_percent,
         curve=None, image=None, clip_vision=None, embeds=None, negative_image=None, mask=None,
     ) -> io.NodeOutput:
-        schedule = inputs.schedule(start_percent, end_percent, curve)
+        schedule, head = inputs.schedule(start_percent, end_percent, curve), None
+        if clip_vision is not None and getattr(adapter, "headed", False):
+            head = siglip.head_of(clip_vision, adapters.encoders())
         return io.NodeOutput(ipadapter.apply(
             model, adapter, strength, weight_type, layers, combine, unconditional, schedule, image, clip_vision, embeds,
-            negative_image, mask, crop == "center",
+            negative_image, mask, crop == "center", head,
         ))
 
 

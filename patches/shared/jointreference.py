@@ -65,7 +65,7 @@ class JointReference(Reference):
         if self.adapter.after:
             return ()
         layers, negative = tuple(layer for layer, w in self.weights if w), self.unconditional is not None
-        return (Attention("cross", layers, self.edit, negative=negative, raw=True),)
+        return (Attention("self", layers, self.edit, negative=negative, raw=True),)
 
     def after(self, model):
         return tuple((layer, self.follow) for layer, w in self.weights if w and self.adapter.after)

@@ -16,9 +16,10 @@ from identity.oracle_joint import INSTANTX, NETWORKS, TIMED, XLABS
 from steer.models.identity import adapter as files
 from steer.models.identity.siglip import PREFIX, PoolingHead, head_of
 from steer.patches.attention import masactrl
-from steer.patches.guidance import apg, pag
+from steer.patches.guidance import apg, pag, slg
 from steer.patches.identity import ipadapter
 from steer.patches.shared.schedule import Schedule
+from steer.patches.shared.steering import SHARE
 
 ALWAYS = Schedule()
 KINDS = (XLABS, INSTANTX, TIMED)
@@ -190,13 +191,24 @@ def test_with_other_nodes(models, variant):
     with hand(variant, model, sd, seen(variant, pictures()), blank(variant)) as oracle_model:
         for node in (lambda m: pag.apply(m, 2.0, "double.1", ALWAYS), lambda m: apg.apply(m, 0.0, 15.0, -0.5, ALWAYS)):
             assert near(draw(variant, node(made)), draw(variant, node(oracle_model)), 1e-4)
-    trajectory = path(name, model)
+    trajectory = path(name, model, conditioning=toy_dit.text(5))
     both = masactrl.apply(made, trajectory, 1.0, "auto", ALWAYS)
-    given = one_step(name, trajectory)
+    given = {**one_step(name, trajectory), "positive": toy_dit.text(1), "negative": toy_dit.text(2)}
     out = toy.sample(both, **given)
     assert out.isfinite().all()
     for other in (made, masactrl.apply(model, trajectory, 1.0, "auto", ALWAYS)):
         assert not near(out, toy.sample(other, **given), 1e-3)
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_rows_that_share_or_leave_out_blocks(models, variant):
+    """The same whether rows that begin alike are computed once or each in full."""
+    _, adapter = load(variant)
+    made = pag.apply(steered(models[variant], variant, adapter), 2.0, "double.1", ALWAYS)
+    made = slg.apply(made, 2.0, "double.0", ALWAYS)
+    out = draw(variant, made)
+    made.model_options[SHARE] = False
+    assert near(out, draw(variant, made))
 
 
 def test_replacements_of_other_packs_come_first(models):
@@ -216,8 +228,9 @@ def test_replacements_of_other_packs_come_first(models):
 def test_the_host_loads_what_runs_at_every_step(models):
     _, adapter = load(TIMED)
     mm.unload_all_models()
-    draw(TIMED, steered(models[TIMED], TIMED, adapter), steps=1)
-    assert adapter.patcher.model in [each.model.model for each in mm.current_loaded_models]
+    made = steered(models[TIMED], TIMED, adapter)
+    draw(TIMED, made, steps=1)
+    assert adapter.patcher.model in [each.model.model for each in mm.current_loaded_models if each.model is not None]
 
 
 def test_the_pooling_head_is_siglips(tmp_path):
