@@ -145,7 +145,8 @@ class Browser:
             self.console.append(f"{data['entry']['text']} {data['entry'].get('url', '')}")
 
     async def _evaluate(self, expression):
-        result = await self._send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        kept = f"globalThis.awaited = ({expression})"  # a promise that nobody holds may be collected before it is done
+        result = await self._send("Runtime.evaluate", expression=kept, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
             details = result["exceptionDetails"]
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
