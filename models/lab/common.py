@@ -104,8 +104,8 @@ def restore(path):
 class Log:
     """Progress bar plus a CSV in the repository: stage, step, samples, seconds, name, value."""
 
-    def __init__(self, stage, total, start=0, batch=1, seconds=0.0):
-        self.stage, self.batch, self.offset, self.began = stage, batch, seconds, time.time()
+    def __init__(self, stage, total, start=0, batch=1, seconds=0.0, clock=time.time):
+        self.stage, self.batch, self.offset, self.clock, self.began = stage, batch, seconds, clock, clock()
         self.bar = tqdm(total=total, initial=start, desc=stage, mininterval=5, dynamic_ncols=True)
         self.path = WEIGHTS / "training.csv"
         if not self.path.exists():
@@ -114,7 +114,7 @@ class Log:
 
     @property
     def seconds(self):
-        return self.offset + time.time() - self.began
+        return self.offset + self.clock() - self.began
 
     def write(self, step, **values):
         with self.path.open("a", newline="") as f:

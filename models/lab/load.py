@@ -5,11 +5,13 @@
            or the host's Flux, rectified flow                                           dit.safetensors
     CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
     VAE    the host's TAESD architecture                                                vae.safetensors
+    CLIP_VISION  the host's CLIP image encoder, four layers                              vision.safetensors
 """
 
 import json
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -50,6 +52,18 @@ UNET = dict(
     legacy=False,
 )
 EDIT = dict(in_channels=8)  # Lab-UNet that takes an image: its latent beside the noisy one
+VISION = dict(
+    model_type="clip_vision_model",
+    image_size=128,
+    patch_size=32,
+    num_channels=3,
+    hidden_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    intermediate_size=768,
+    hidden_act="gelu",
+    projection_dim=128,
+)
 TOKENS = 48  # context of the DiT; its cost grows with every token, and captions have 41 at most
 DIT = dict(
     image_model="flux",
@@ -207,6 +221,16 @@ def load_vae():
 def load_vae_patcher(disable_dynamic=False):
     """What the host's own VAE factory does: a VAE's patcher is asked for in one kind only."""
     return load_vae().patcher
+
+
+def load_vision():
+    """-> CLIP_VISION."""
+    vision = comfy.clip_vision.ClipVisionModel(VISION)
+    weights = {k: w.to(vision.dtype) for k, w in load_file(WEIGHTS / "vision.safetensors").items()}
+    missing, unexpected = vision.load_sd(weights)
+    if missing or unexpected:
+        raise RuntimeError(f"vision.safetensors does not fit the image encoder: {missing=}, {unexpected=}")
+    return vision
 
 
 def load_model(which="unet"):

@@ -11,6 +11,9 @@
     python models/lab/train.py dit-weak            the same network for a few minutes
     python models/lab/train.py export              fp16 safetensors beside this file
     python models/lab/train.py edit                teach the exported Lab-UNet to edit pictures; exports itself
+    python models/lab/train.py vision              the image encoder; exports itself, as all below
+    python models/lab/train.py adapter             IP-Adapter (plus) for the exported Lab-UNet and the image encoder
+    python models/lab/train.py faceid              FaceID adapter for the exported Lab-UNet and the reader
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
@@ -25,10 +28,11 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "eval")
-MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25}
-PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds",
-         "seconds", "dit-seconds", "megabytes")  # fmt: skip
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "adapter",
+          "faceid", "eval")  # fmt: skip
+MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "adapter": 7, "faceid": 4}
+PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "dit", "dit-weak", "leak",
+         "dit-leak", "dit-heeds", "seconds", "dit-seconds", "megabytes")  # fmt: skip
 
 
 def arguments():
@@ -38,7 +42,7 @@ def arguments():
     parser.add_argument("--work", type=Path, default=work, help="checkpoints and data (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help=f"budget of a timed stage (default: {MINUTES})")
     parser.add_argument("--images", type=int, default=20_000, help="training portraits (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="batch of vae (16), unet (48), dit (48) or edit (32)")
+    parser.add_argument("--batch", type=int, help="batch of vae (16), unet, dit (48), edit, an adapter (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
@@ -74,6 +78,12 @@ def run(stage, o):
     elif stage == "edit":
         module("edit").build(o.work)
         module("edit").train(o.work, 60 * (o.minutes or MINUTES["edit"]), o.batch or 32, seed=o.seed)
+    elif stage == "vision":
+        module("vision").train(o.work, 60 * (o.minutes or MINUTES["vision"]), o.batch or 64, seed=o.seed)
+    elif stage in ("adapter", "faceid"):
+        module("edit").build(o.work)
+        which = getattr(module("adapters"), {"adapter": "Plus", "faceid": "Face"}[stage])
+        module("adapters").train(o.work, 60 * (o.minutes or MINUTES[stage]), which, o.batch or 32, seed=o.seed)
     elif stage == "eval":
         module("evaluate").write_card(module("common").WEIGHTS, o.only)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from steer.models.lab import captions, common, data, dit, edit, latents, load, portrait, unet, vae
+from steer.models.lab import captions, common, data, dit, edit, latents, load, portrait, unet, vae, vision
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +76,19 @@ def test_edit_trains_encoder_and_middle_resumes_and_exports(work):
     assert [name for name, w in exported.items() if torch.equal(w, shipped[name])] == []
 
 
+def test_vision_trains_every_part_resumes_and_exports(work):
+    begun = {k: v.clone() for k, v in vision.Vision(work).model.state_dict().items()}
+    vision.train(work, budget=3, batch=16)
+    first = torch.load(work / "vision.ckpt", weights_only=True)
+    assert first["step"] > 3
+    assert [name for name, w in first["model"].items() if torch.equal(w, begun[name])] == []
+    vision.train(work, budget=4, batch=16)
+    again = torch.load(work / "vision.ckpt", weights_only=True)
+    assert again["step"] > first["step"] and again["seconds"] >= 4
+    exported = load_file(work / "vision.safetensors")
+    assert {f"vision.{name}" for name in exported} == {name for name in again["model"] if name.startswith("vision.")}
+
+
 def test_an_edit_is_told_by_what_changed():
     rng = random.Random(0)
     for seed in range(50):
@@ -102,5 +115,6 @@ def test_vae_resumes(work):
 def test_the_command_explains_itself():
     command = [sys.executable, str(ROOT / "models" / "lab" / "train.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "edit", "eval"):
+    for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "edit", "vision", "adapter",
+                  "faceid", "eval"):
         assert stage in text

@@ -1,0 +1,66 @@
+"""A stage of the training with a budget of processor time: what vision.py and adapters.py share. Resumable."""
+
+import random
+import time
+
+import torch
+
+from . import common
+
+
+class Stage:
+    """Trains `model`; a subclass gives `loss(size)` -> (loss, {name: figure to log}) and `export(out)`.
+
+    work: folder of the checkpoint `name`.ckpt.  adam: words in names of the matrices that Adam trains, not Muon.
+    kept: {name: tensor} that is changed in place and belongs to the checkpoint too.
+    """
+
+    progress = 0.0  # share of the budget that is spent
+
+    def __init__(self, work, name, model, adam=(), seed=0, lr=1e-3, decay=0.99, kept=None):
+        self.path, self.lr, self.rng = work / f"{name}.ckpt", lr, random.Random(seed)
+        self.model = model.to(common.device())
+        self.optimiser = common.Muon(*common.split(model.named_parameters(), adam), lr=lr)
+        self.average, self.step, self.seconds = common.Average(model, decay), 0, 0.0
+        self.kept = kept or {}
+        state = common.restore(self.path)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.average.shadow, self.average.steps = state["average"], state["step"]
+            self.step, self.seconds = state["step"], state["seconds"]
+            for key, value in self.kept.items():
+                value.copy_(state[key])
+            self.rng.seed(self.step)
+            torch.manual_seed(seed + self.step)
+
+    def loss(self, size):
+        raise NotImplementedError
+
+    def save(self, log):
+        state = dict(model=self.model.state_dict(), average=self.average.shadow, optimiser=self.optimiser.state_dict())
+        common.save(self.path, **state, **self.kept, step=self.step, seconds=log.seconds)
+
+    def run(self, budget, batch):
+        """Train until `budget` seconds of processor time have been spent in all; the learning rate is zero then."""
+        begun, clock, seen, names = round(self.seconds), time.process_time, [], ()
+        log = common.Log(self.path.stem, round(budget), begun, batch, self.seconds, clock)
+        while log.seconds < budget:
+            self.progress = log.seconds / budget
+            self.optimiser.set_rate(self.lr * common.schedule(self.progress, hold=0.5))
+            self.optimiser.zero_grad(set_to_none=True)
+            loss, figures = self.loss(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimiser.step()
+            self.average.update(self.model)
+            self.step += 1
+            if figures.keys() != names:
+                seen, names = [], figures.keys()
+            seen.append(torch.stack([loss.detach(), *figures.values()]))
+            if self.step % 50 == 0:
+                log.write(self.step, **dict(zip(("loss", *figures), torch.stack(seen).mean(0).tolist(), strict=True)))
+                log.tick(round(log.seconds))
+                self.save(log)
+                seen = []
+        self.save(log)

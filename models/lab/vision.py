@@ -1,0 +1,111 @@
+"""Stage "vision": the lab's image encoder, a small vision transformer of the host's CLIP kind.
+
+It learns to tell all factors and the face geometry of a portrait from its embedding; the heads that tell them are
+dropped afterwards. Portraits are sharp or degraded; some are drawn anew for every step.
+"""
+
+from collections import deque
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
+from comfy.ops import disable_weight_init
+from safetensors.torch import save_file
+
+from . import common, load
+from .data import HELD_OUT
+from .portrait import GEOMETRY, SIZE, Portrait, draw
+from .reader import SIZES
+from .reading import degrade
+from .stage import Stage
+from .unet import plain_attention
+
+
+def network():
+    """The host's encoder, initialised: residual branches start at zero."""
+    model = CLIPVisionModelProjection(load.VISION, torch.float32, "cpu", disable_weight_init)
+    for name, p in model.named_parameters():
+        if p.ndim < 2 and "class" not in name:
+            torch.nn.init.constant_(p, float("norm" in name and name.endswith("weight")))
+        elif name.endswith(("out_proj.weight", "fc2.weight")):
+            torch.nn.init.zeros_(p)
+        else:
+            torch.nn.init.normal_(p, std=0.3 if "embedding" in name else p[0].numel() ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def principal(model, images):
+    """Lets the patch embedding begin as principal components of patches, which spares it a long search.
+
+    images [B, H, W, 3] in [0, 1].  Square roots of their spreads are left, so that the small ones are heard too.
+    """
+    embeddings, n = model.vision_model.embeddings, load.VISION["patch_size"]
+    x = clip_preprocess(images, size=SIZE).unfold(2, n, n).unfold(3, n, n).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    x = x.flatten(1, 2)
+    mean = x.mean(0)  # of each place
+    _, spread, basis = torch.svd_lowrank((x - mean).flatten(0, 1), q=load.VISION["hidden_size"], niter=2)
+    weight = (basis * (spread / len(images) ** 0.5).rsqrt()).T
+    embeddings.patch_embedding.weight.copy_(weight.view_as(embeddings.patch_embedding.weight))
+    embeddings.position_embedding.weight[1:] -= mean @ weight.T
+
+
+def look(model, images):
+    """images [B, H, W, 3] in [0, 1] -> (hidden states before the last layer [B, 17, D], embedding [B, E]).
+
+    The host's numbers, but differentiable: its layers add in place, which autograd refuses.
+    """
+    tower = model.vision_model
+    x = tower.pre_layrnorm(tower.embeddings(clip_preprocess(images, size=SIZE)))
+    for layer in tower.encoder.layers:
+        before = x
+        x = x + layer.self_attn(layer.layer_norm1(x), None, plain_attention)
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return before, model.visual_projection(tower.post_layernorm(x[:, 0]))
+
+
+POOL, FRESH = 4096, 16  # portraits to choose from, and how many of them are new in each step
+
+
+class Vision(Stage):
+    def __init__(self, work, name="vision", seed=0, lr=2e-3):
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(load.VISION["projection_dim"], sum(SIZES) + len(GEOMETRY))
+        model = torch.nn.ModuleDict({"vision": network(), "head": head})
+        sample = np.stack([draw(Portrait.from_seed(n)) for n in range(512)])
+        principal(model["vision"], torch.from_numpy(sample).float() / 255)
+        super().__init__(work, name, model, ("patch_embedding", "position", "head"), seed, lr, decay=0.99)
+        self.pool = deque(maxlen=POOL)
+
+    def batch(self, size):
+        """-> images [B, 128, 128, 3], indices of the factors [B, 11], geometry [B, 6]."""
+        for _ in range(size if not self.pool else FRESH):
+            portrait = Portrait.from_seed(self.rng.randrange(HELD_OUT))
+            self.pool.append((draw(portrait), portrait))
+        chosen = self.rng.sample(self.pool, size)
+        images = torch.from_numpy(np.stack([x for x, _ in chosen])).to(common.device()).movedim(-1, 1) / 255
+        images = torch.cat([images[: size // 2], degrade(images[size // 2 :])]).movedim(1, -1)
+        factors = torch.tensor([p.indices for _, p in chosen], device=images.device)
+        return images, factors, torch.tensor([p.geometry for _, p in chosen], device=images.device)
+
+    def loss(self, size):
+        images, factors, geometry = self.batch(size)
+        with common.autocast():
+            told = self.model["head"](look(self.model["vision"], images)[1]).float()
+        *logits, measured = told.split([*SIZES, len(GEOMETRY)], 1)
+        words = sum(F.cross_entropy(v, factors[:, i]) for i, v in enumerate(logits)) / len(logits)
+        error = (measured - geometry).square().mean()
+        right = torch.stack([v.argmax(1) == factors[:, i] for i, v in enumerate(logits)]).float().mean()
+        return words + 2 * error, {"accuracy": right, "geometry_error": error.detach()}
+
+    def export(self, out):
+        """fp16 -> `out`/vision.safetensors, without the heads."""
+        weights = {k.removeprefix("vision."): v for k, v in self.average.shadow.items() if k.startswith("vision.")}
+        save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / "vision.safetensors")
+
+
+def train(work, budget, batch=64, lr=2e-3, seed=0):
+    stage = Vision(work, seed=seed, lr=lr)
+    stage.run(budget, batch)
+    stage.export(common.WEIGHTS)
