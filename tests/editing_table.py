@@ -145,6 +145,10 @@ METHODS = {
     "plugandplay": (
         "attention", lambda m, n: (n.drawn(m.apply(n.model, n.path, "auto", always(), "auto", always())), n.plain)
     ),
+    "freecontrol": (
+        "attention",
+        lambda m, n: (n.drawn(m.apply(n.model, n.path, 1.0, 4, "auto", m.METHODS[0], always())), n.plain),
+    ),
     "unifiedattention": (
         "attention", lambda m, n: (n.edited(m.apply(n.model, 0.5, 0.0, 0.0, "auto", always())), n.edited(n.model))
     ),

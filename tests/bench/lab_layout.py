@@ -1,7 +1,7 @@
 """Looks kept while the layout changes, the layout while looks change, the rest while a part is painted anew: on the
 lab's trained models.
 
-    python tests/bench/lab_layout.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 3 4 5 6]
+    python tests/bench/lab_layout.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2 ...]
 
 Held-out portraits, inverted under their captions and drawn again at cfg 2.5 under a prompt that says what is new and
 leaves the rest open. Every set has portraits of its own. Share of factors that the reader finds as they should be:
@@ -12,6 +12,7 @@ recoloured   the prompt has other colours of hair, shirt and background and name
     new       the three colours
     layout    position, shape of the hair, glasses, hat and pattern, as in the source
     geometry  mean error of the six measures of the face, each from -1 to 1
+guided, looked at   as recoloured, and drawn from noise of its own, not from the inverted noise
 repainted   the prompt has another hair colour, hat or expression, or glasses on or off, and names the style beside it;
 the mask is the region where the drawn portraits differ
     edited    the new factor;  others  the rest, as in the source
@@ -33,11 +34,13 @@ from bench.lab_inversion_edit import CFG, Case  # noqa: E402
 from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
+FROM_NOISE = ("guided", "looked at")
 COLOURS = ("hair_color", "shirt", "background")
 SHAPES = ("position", "hair_style", "glasses", "hat", "pattern")
 INTRO = (
     "# Layout and looks, on the lab\n\nEach table says by which command it was made; what the columns mean is said at "
-    f"the top of `tests/bench/lab_layout.py`. Cfg {CFG}, euler, from the inverted noise."
+    f"the top of `tests/bench/lab_layout.py`. Cfg {CFG}, euler, from the inverted noise, except for what is guided or "
+    "looked at."
 )
 
 
@@ -67,7 +70,7 @@ class Layout(Case):
         named = ("style", "expression", *self.change, *(() if change == "moved" else ("skin",)))
         self.after = conditioning(load_clip(which), [caption(e, named) for e in self.edits])
         self.shape = torch.tensor([[getattr(p, name) for name in GEOMETRY] for p in self.sources])
-        self.kept = SHAPES if change == "recoloured" else tuple(name for name in FACTORS if name != "position")
+        self.kept = SHAPES if self.change == COLOURS else tuple(name for name in FACTORS if name != "position")
 
     def masks(self):
         """Of the head, [B, H, W], in the sources and where it shall be."""
@@ -122,6 +125,23 @@ def plugandplay(lab, path, layers="auto", end=0.5, features="auto", features_end
     return method.apply(lab.model, path, layers, Schedule(0.0, end), features, Schedule(0.0, features_end))
 
 
+def freecontrol(lab, path, strength=1.0, components=64, layers="auto", method="subspace", end=0.6):
+    from steer.patches.attention import freecontrol as node
+    from steer.patches.shared.schedule import Schedule
+
+    return node.apply(lab.model, path, strength, components, layers, method, Schedule(0.0, end))
+
+
+def diffuseit(lab, path, strength=1.0, end=0.9):
+    """Looked at by the lab's reader."""
+    from steer.nodes.lab.scorer import LabScorer
+    from steer.patches.attention import diffuseit as node
+    from steer.patches.shared.schedule import Schedule
+
+    source, eyes = lab.source.movedim(1, -1), LabScorer("a happy person", lab.vae, lab.reader)
+    return node.apply(lab.model, lab.vae, source, strength, 1.0, 1.0, Schedule(0.0, end), eyes)
+
+
 def region(lab):
     """Where source and drawn truth differ, [B, H, W]: what a user would paint."""
     return 1 - lab.outside[:, 0]
@@ -164,7 +184,30 @@ REPAINTED = {
     "Keep Region, re_init": (("unet", "dit"), {"alone": True, "re_init": True}),
     "KV Reuse, re_init": (("unet", "dit"), {"re_init": True}),
 }
-METHODS = {"moved": (MOVED, masactrl), "recoloured": (RECOLOURED, plugandplay), "repainted": (REPAINTED, kvreuse)}
+GUIDED = {
+    "prompt alone": (("unet", "dit"), None),
+    "FreeControl, subspace": (("unet", "dit"), {}),
+    "subspace, 8 axes": (("unet", "dit"), {"components": 8}),
+    "subspace, 24 axes": (("unet", "dit"), {"components": 24}),
+    "subspace, all axes": (("unet", "dit"), {"components": 999}),
+    "FreeControl, gradient": (("unet", "dit"), {"method": "gradient"}),
+    "gradient, 8 axes": (("unet",), {"method": "gradient", "components": 8}),
+    "gradient, strength 3": (("unet", "dit"), {"method": "gradient", "strength": 3.0}),
+    "gradient, to 40 %": (("unet",), {"method": "gradient", "end": 0.4}),
+}
+LOOKED_AT = {
+    "prompt alone": (("unet", "dit"), None),
+    "DiffuseIT": (("unet", "dit"), {}),
+    "DiffuseIT, strength 0.3": (("unet",), {"strength": 0.3}),
+    "DiffuseIT, strength 2": (("unet",), {"strength": 2.0}),
+}
+METHODS = {
+    "moved": (MOVED, masactrl),
+    "recoloured": (RECOLOURED, plugandplay),
+    "repainted": (REPAINTED, kvreuse),
+    "guided": (GUIDED, freecontrol),
+    "looked at": (LOOKED_AT, diffuseit),
+}
 
 
 def measured(which, change, portraits, sets, steps):
@@ -173,21 +216,31 @@ def measured(which, change, portraits, sets, steps):
     from bench.lab_editing import trajectory
 
     settings, method = METHODS[change]
+    seeds = [n if change in FROM_NOISE else None for n in range(sets)]
     labs = [layout(which, portraits, 9000 + 1000 * n, change) for n in range(sets)]
     for name, (models, options) in settings.items():
         if which in models:
-            found = [row(lab, steps, method, options, trajectory(lab, steps)) for lab in labs]
+            found = [
+                row(lab, steps, method, options, None if method is diffuseit else trajectory(lab, steps), seed)
+                for lab, seed in zip(labs, seeds, strict=True)
+            ]
             yield name, {column: float(torch.cat([each[column] for each in found]).mean()) for column in found[0]}
 
 
-def row(lab, steps, method, options, path):
-    return lab.measure(redraw(lab, steps, lab.model if options is None else method(lab, path, **options)))
+def row(lab, steps, method, options, path, seed=None):
+    """The figures of one setting; a seed is of noise to start from in place of the inverted."""
+    model = lab.model if options is None else method(lab, path, **options)
+    if seed is None:
+        return lab.measure(redraw(lab, steps, model))
+    return lab.measure(lab.sample(model, lab.after, "euler", lab.sigmas(steps), start=lab.noise(seed)))
 
 
 COLUMNS = {
     "moved": ("moved", "looks", "identity"),
     "recoloured": ("new", "layout", "geometry", "identity"),
     "repainted": ("edited", "others", "outside", "truth", "identity"),
+    "guided": ("new", "layout", "geometry", "identity"),
+    "looked at": ("new", "layout", "geometry", "identity"),
 }
 NAMES = {"unet": "Lab-UNet", "dit": "Lab-DiT"}
 TABLES = [
