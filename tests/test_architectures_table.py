@@ -26,4 +26,4 @@ def test_every_method_of_these_rooms_is_in_one():
         return {path.stem for path in (host.ROOT / "patches" / room).glob("*.py")} - {"__init__"}
 
     assert methods("guidance") - set(architectures_table.METHODS) == {"instructpix2pix", "report"}
-    assert methods("attention") | methods("hspace") <= {*editing_table.METHODS, "asymmetricsampler"}
+    assert methods("attention") | methods("hspace") <= {*editing_table.METHODS, "asymmetricsampler", "diffuseit"}
