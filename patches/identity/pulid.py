@@ -17,8 +17,8 @@ from ..shared.steering import Weak, blame, number, steer
 
 DEPTHS, DOUBLE, SINGLE = 5, 2, 4  # hidden states taken; a Flux block in so many is followed
 OWN = 5  # first tokens: who it is
-METHODS = {"fidelity": {"PuLID v1": 8, "PuLID v1.1": 20}, "style": dict.fromkeys(("PuLID v1", "PuLID v1.1"), 16),
-           "neutral": {}}  # tokens of zeros beside those of the person, as in the official demos
+# tokens of zeros beside those of the person, as in the official demos
+METHODS = {"fidelity": {"PuLID v1": 8, "PuLID v1.1": 20}, "style": {"PuLID v1": 16, "PuLID v1.1": 20}, "neutral": {}}
 COMBINE = ("one person", "mix")
 
 

@@ -204,6 +204,17 @@ def test_with_other_nodes(models, variant):
 
 
 @pytest.mark.parametrize("variant", KINDS)
+def test_half_precision(models, variant):
+    half = toy_dit.model(NETWORKS[variant], torch.bfloat16)
+    whole = toy_dit.model(NETWORKS[variant])
+    sd, adapter = load(variant)
+    small = files.from_state_dict({key: value.bfloat16() for key, value in sd.items()}, "half.safetensors")
+    out = draw(variant, steered(half, variant, small, mask=torch.ones(1, 64, 64)), steps=1)
+    assert out.isfinite().all()
+    assert near(out, draw(variant, steered(whole, variant, adapter), steps=1), 0.1)
+
+
+@pytest.mark.parametrize("variant", KINDS)
 def test_rows_that_share_or_leave_out_blocks(models, variant):
     """The same whether rows that begin alike are computed once or each in full."""
     _, adapter = load(variant)

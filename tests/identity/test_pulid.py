@@ -35,7 +35,8 @@ def steered(model, adapter, who=None, strength=0.8, method="fidelity", zeros=-1,
 def by_hand(variant, model, sd, cond, uncond, method="fidelity", zeros=None, **options):
     if variant == FLUX:
         return oracle_pulid.flux_by_hand(model, sd, cond, uncond, **options)
-    zeros = {"fidelity": {V1: 8, V1_1: 20}[variant], "style": 16, "neutral": 0}[method] if zeros is None else zeros
+    if zeros is None:
+        zeros = {("fidelity", V1): 8, ("style", V1): 16}.get((method, variant), 0 if method == "neutral" else 20)
     return oracle_pulid.sdxl_by_hand(model, sd, cond, uncond, ORDER, method, zeros, **options)
 
 
@@ -56,7 +57,8 @@ def both(variant, sd, who=None):
 
 
 @pytest.mark.parametrize("variant, method", [
-    (V1, "fidelity"), (V1, "style"), (V1, "neutral"), (V1_1, "fidelity"), (V1_1, "neutral"), (FLUX, "fidelity"),
+    (V1, "fidelity"), (V1, "style"), (V1, "neutral"), (V1_1, "fidelity"), (V1_1, "style"), (V1_1, "neutral"),
+    (FLUX, "fidelity"),
 ])
 def test_is_the_official_arithmetic(models, variant, method):
     sd, adapter = load(variant)
@@ -163,6 +165,15 @@ def test_with_other_nodes_and_other_packs(models, variant):
         made = masactrl.apply(ours, trajectory, 1.0, "auto", ALWAYS)
         out = toy.sample(made, **given)
         assert out.isfinite().all() and not near(out, toy.sample(ours, **given), 1e-3)
+
+
+@pytest.mark.parametrize("variant", [V1, FLUX])
+def test_half_precision(models, variant):
+    half = toy_dit.model("flux", torch.bfloat16) if variant == FLUX else toy.model(dtype=torch.bfloat16)
+    sd, adapter = load(variant)
+    small = files.from_state_dict({key: value.bfloat16() for key, value in sd.items()}, "half.safetensors")
+    out = draw(variant, steered(half, small, mask=torch.ones(1, 64, 64)), steps=1)
+    assert out.isfinite().all() and near(out, draw(variant, steered(models[variant], adapter), steps=1), 0.1)
 
 
 def test_rows_that_share_or_leave_out_blocks(models):
