@@ -1,0 +1,69 @@
+"""What the lab's adapters take of a reference, and what the prompt still gets.
+
+    python tests/bench/lab_identity.py [--portraits 8] [--seeds 2] [--steps 10] [--bf16] [--tables 1]
+
+References are portraits that nothing was trained on; euler, cfg 5, each item of a batch with a reference of its own.
+    obeyed     share of the factors named in the prompt, all other than in the reference, that the reader finds as named
+    taken      share of the other factors that it finds as in the reference
+    identity   cosine of the reader's face embeddings of the picture and of its reference
+    strangers  the same with the references of other pictures: what chance gives
+Table 1: an IP-Adapter (plus layout); the prompt names expression, hat, shirt and background. Table 2: a FaceID
+adapter; the reference shares nothing with the prompt but the face, and the prompt names all factors. In both the last
+row is the wanted portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import host  # noqa: E402
+from bench.tables import arguments, make  # noqa: E402
+
+RESULTS = Path(__file__).with_suffix(".md")
+INTRO = (
+    "# Adapters on the lab\n\nThe table says by which command it was made; what the columns mean is said at the top of "
+    "`tests/bench/lab_identity.py`. The lab proves the implementation, not the likeness on other models."
+)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def pictures(portraits, seeds, steps):
+    from steer.models.lab import likeness
+
+    yield from rows(likeness.by_picture, likeness.cases(portraits), likeness.NAMED, seeds, steps)
+
+
+def faces(portraits, seeds, steps):
+    from steer.models.lab import likeness
+    from steer.models.lab.portrait import FACTORS
+
+    yield from rows(likeness.by_face, likeness.faces(portraits), tuple(FACTORS), seeds, steps)
+
+
+def rows(steer, case, named, seeds, steps):
+    from steer.models.lab import likeness
+    from steer.models.lab.load import load_model
+    from steer.models.lab.reader import load_reader
+
+    models, reader = load_model("unet"), load_reader()
+    for strength in STRENGTHS:
+        yield f"strength {strength:g}", likeness.drawn(reader, models, steer(strength), case, named, seeds, steps=steps)
+    yield "the wanted portrait", likeness.truth(reader, models[2], case, named)
+
+
+TABLES = [
+    ("IP-Adapter, Lab-UNet", ("obeyed", "taken", "identity", "strangers"), pictures),
+    ("FaceID, Lab-UNet", ("obeyed", "identity", "strangers"), faces),
+]
+
+
+def main():
+    size, numbers = arguments(__doc__, portraits=8, seeds=2, steps=10)
+    host.enter()
+    host.load_pack()
+    make(RESULTS, INTRO, TABLES, size, numbers)
+
+
+if __name__ == "__main__":
+    main()

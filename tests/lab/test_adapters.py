@@ -1,0 +1,108 @@
+"""The lab's adapters are files of the public layout, and carry an unseen reference into the picture."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from steer.models.identity import adapter as files
+from steer.models.lab import adapters, common, data, edit, likeness, load
+from steer.models.lab.captions import parse
+from steer.models.lab.portrait import FACTORS, Portrait
+from steer.models.lab.reader import load_reader
+from steer.nodes.adapters import found, path_of
+from steer.nodes.identity.ipadapter import LoadAdapter
+
+FILE = "adapter.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load.load_model("unet")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load_reader()
+
+
+def test_the_loader_offers_it_and_says_what_it_is(models):
+    assert f"{FILE} [lab]" in found()
+    adapter, said = LoadAdapter.execute(f"{FILE} [lab]", "auto").args
+    assert adapter == files.load(str(path_of(f"{FILE} [lab]")))
+    assert (adapter.variant, adapter.tokens, adapter.width, adapter.image) == ("plus", 16, 128, 192)
+    assert "IP-Adapter plus" in said and "7 cross-attentions" in said
+    adapter.check_encoder(load.load_vision().config)
+    layers = [(a.to_k.out_features, a.to_k.in_features) for _, a in adapters.cross(models[0].model.diffusion_model)]
+    assert layers == [(out, 128) for out in adapter.hidden]
+
+
+def test_its_keys_are_those_of_the_public_plus_files():
+    keys = set(load_file(load.WEIGHTS / FILE))
+    layers = {f"image_proj.layers.{i}.{key}" for i in range(adapters.DEPTH) for key in (
+        "0.norm1.weight", "0.norm1.bias", "0.norm2.weight", "0.norm2.bias", "0.to_q.weight", "0.to_kv.weight",
+        "0.to_out.weight", "1.0.weight", "1.0.bias", "1.1.weight", "1.3.weight",
+    )}
+    ends = {f"image_proj.{name}.{kind}" for name in ("proj_in", "proj_out", "norm_out") for kind in ("weight", "bias")}
+    pairs = {f"ip_adapter.{2 * n + 1}.to_{x}_ip.weight" for n in range(7) for x in "kv"}
+    assert keys == {"image_proj.latents", *ends, *layers, *pairs}
+
+
+def test_the_reference_comes_over_and_the_prompt_is_obeyed(models, reader):
+    """8 unseen references, one noise; the bench has the curve, also of the face, which hardly comes over."""
+    case, options = likeness.cases(8, 60_000), dict(steps=10)
+    off, on = (likeness.drawn(reader, models, likeness.by_picture(s), case, **options) for s in (0.0, 1.0))
+    assert off["taken"] < 0.45 and on["taken"] > 0.8
+    assert off["obeyed"] > 0.9 and on["obeyed"] > 0.85
+
+
+def test_the_steps_of_its_training(tmp_path, monkeypatch):
+    """Both kinds train every part, resume and export a file that the loader reads."""
+    monkeypatch.setattr(common, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(adapters, "CAPTIONS", 100)
+    edit.build(tmp_path, 5)
+    for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "portrait")):
+        begun = {k: v.clone() for k, v in which(tmp_path).model.state_dict().items()}
+        adapters.train(tmp_path, 4, which, batch=4)
+        first = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert first["step"] > 3
+        assert [k for k, v in first["model"].items() if torch.equal(v, begun[k])] == []
+        adapters.train(tmp_path, 6, which, batch=4)
+        again = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert again["step"] > first["step"] and again["seconds"] >= 6
+        adapter = files.load(str(tmp_path / f"{name}.safetensors"))
+        assert adapter.variant == variant
+        weights = load_file(tmp_path / f"{name}.safetensors")
+        assert torch.equal(weights["ip_adapter.1.to_k_ip.weight"], again["average"]["layers.0.to_k_ip.weight"].half())
+
+
+def test_the_words_it_learns_to_say():
+    """At each place stands the last token of the factor's value, then twice the end."""
+    trainer = adapters.Plus.__new__(adapters.Plus)
+    trainer.vocabulary = adapters.Vocabulary()
+    words = {row: token for token, row in trainer.vocabulary.rows.items()}
+    spell = trainer.vocabulary.tokenizer.tokenizer
+    for seed in range(40):
+        portrait = Portrait.from_seed(seed)
+        row = trainer.vocabulary.encode(adapters.phrases(portrait))
+        *places, end, after = trainer.places(portrait)
+        for name, at in zip(FACTORS, places, strict=True):
+            value = getattr(portrait, name)
+            assert words[row[at]] == spell(value)["input_ids"][-2], (name, value)
+        assert row[end] == row[after] == trainer.vocabulary.rows[trainer.vocabulary.end] and row[end - 1] != row[end]
+
+
+def test_what_a_text_names_it_names_rightly_and_the_reference_keeps_the_face():
+    trainer = adapters.Plus.__new__(adapters.Plus)
+    trainer.rng = random.Random(0)
+    kinds = {"neither": 0, "picture": 0, "text": 0, "both": 0}
+    for seed in range(300):
+        portrait = Portrait.from_seed(data.HELD_OUT + seed)
+        parts, seen = trainer.choose(portrait)
+        kinds[("neither", "text", "picture", "both")[bool(parts) + 2 * (seen is not None)]] += 1
+        said = parse(", ".join(parts)) if parts else {}
+        assert all(getattr(portrait, name) == value for name, value in said.items())
+        if seen is not None:
+            assert seen.geometry == portrait.geometry
+            assert {n for n in FACTORS if getattr(seen, n) != getattr(portrait, n)} <= set(said)
+    assert all(kinds.values()) and kinds["picture"] > 100 and kinds["both"] > 80
