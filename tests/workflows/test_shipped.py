@@ -5,12 +5,16 @@ import subprocess
 import sys
 
 import host
+import host_run
 import pytest
 import torch
 from headless.convert import convert
 from PIL import Image
 
-WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
+SHIPPED = sorted((host.ROOT / "workflows").glob("*.json"))
+NEEDS = {p: json.loads(p.read_text(encoding="utf-8")).get("extra", {}).get("needs") for p in SHIPPED}
+WORKFLOWS = [p for p in SHIPPED if not NEEDS[p]]
+PUBLIC = [p for p in SHIPPED if NEEDS[p]]  # they need public files, {folder: names}, and are validated alone
 
 
 def prompt_of(path, steps):
@@ -42,6 +46,21 @@ def test_runs(path):
         off = pictures.pop("Decode off")
         steered = [p for p in pictures.values() if p.shape == off.shape]
         assert steered and all((p - off).abs().mean() > least for p in steered)
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda path: path.stem)
+def test_a_workflow_for_public_files_lacks_nothing_else(path):
+    """The host's validation finds no fault in it but files that are not there, and the workflow names these."""
+    prompt = prompt_of(path, steps=1)
+    _, error, _, node_errors = host_run.validate(prompt, path.stem)
+    faults = host_run.faults_of(prompt, node_errors, error) if node_errors else []
+    named = {name for names in NEEDS[path].values() for name in names}
+
+    def file(value):
+        return str(value).split(" [")[0]  # SteerLoadAdapter marks the folder
+
+    assert named <= {file(v) for node in prompt.values() for v in node["inputs"].values()}
+    assert [text for i, name, text in faults if file(prompt[i]["inputs"].get(name)) not in named] == []
 
 
 def test_turned_off_in_the_workflow_is_off():
