@@ -12,7 +12,7 @@ from identity.oracle_pulid import FLUX, V1, V1_1, file, person, tokens
 from steer.models.identity import adapter as files
 from steer.patches.attention import masactrl
 from steer.patches.guidance import apg, pag, slg
-from steer.patches.identity import pulid
+from steer.patches.shared import pulid
 from steer.patches.shared.face import Face
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.steering import SHARE

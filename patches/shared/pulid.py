@@ -1,19 +1,22 @@
-"""PuLID (Guo et al. 2024, arXiv 2404.16022): a person's identity beside the text, on SDXL and on Flux."""
+"""PuLID (Guo et al. 2024, arXiv 2404.16022): a person's identity beside the text, on SDXL and on Flux.
+
+It has no node yet, since nothing here makes the features of EVA-CLIP that it takes.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import normalize
 
-from ..shared.architectures import flux
-from ..shared.attention import plain
-from ..shared.conditioning import digest
-from ..shared.face import face_of
-from ..shared.jointreference import beside
-from ..shared.layers import Layer
-from ..shared.reference import Reference, check_node
-from ..shared.reference import places as places_of
-from ..shared.steering import Weak, blame, number, steer
+from .architectures import flux
+from .attention import plain
+from .conditioning import digest
+from .face import face_of
+from .jointreference import beside
+from .layers import Layer
+from .reference import Reference, check_node
+from .reference import places as places_of
+from .steering import Weak, blame, number, steer
 
 DEPTHS, DOUBLE, SINGLE = 5, 2, 4  # hidden states taken; a Flux block in so many is followed
 OWN = 5  # first tokens: who it is
