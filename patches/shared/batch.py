@@ -94,6 +94,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         if rows.shares:
             added = residuals(control, rows)
         held = hold(adapter, executor.class_obj.diffusion_model, options, rows)
+    else:  # texts of ours alone: their rows are still not where other packs count them
+        options = {**options, "cond_or_uncond": [unit.index for unit in units], "uuids": [unit.uuid for unit in units]}
     try:
         with held:
             out = executor(x, t, c_concat, c_crossattn, added, options, **given)

@@ -192,3 +192,25 @@ def test_hooks_are_refused_in_the_node(model):
     hooked = toy.text(11, hooks=comfy.hooks.HookGroup())
     with pytest.raises(ValueError, match="SteerNegative: its conditioning carries hooks .* take the hooks off it"):
         steered(model, hooked)
+
+
+@pytest.mark.parametrize("minus", [[FIRST], [FIRST, SECOND]])
+def test_other_packs_find_every_text_where_they_look_for_it(model, minus):
+    """0 are rows of the positive, 1 those of a negative, ours among them."""
+    seen = []
+
+    def look(n, context, value, extra):
+        chunks = context.chunk(len(extra["cond_or_uncond"]))
+        seen.append({i: [c for c, j in zip(chunks, extra["cond_or_uncond"], strict=True) if j == i] for i in (0, 1)})
+        return n, context, value
+
+    patched = model.clone()
+    patched.set_model_attn2_patch(look)
+    for conditioning in minus:
+        patched = steered(patched, conditioning)
+    toy.sample(patched, steps=1)
+    assert seen
+    for found in seen:
+        assert [torch.equal(c, toy.POSITIVE[0][0]) for c in found[0]] == [True]
+        negatives = [toy.NEGATIVE, *minus]
+        assert sorted(float(c.sum()) for c in found[1]) == sorted(float(n[0][0].sum()) for n in negatives)
