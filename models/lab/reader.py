@@ -42,6 +42,13 @@ class Reader(nn.Module):
         identity = F.normalize(self.face(features).float(), dim=-1)
         return self.factors(hidden).float().split(SIZES, 1), self.geometry(hidden).float(), identity
 
+    def features(self, images):
+        """What it sees at each of 16x16 places [B, 256, 96], and at all [B, 384]."""
+        if images.shape[-2:] != (SIZE, SIZE):
+            images = F.interpolate(images, (SIZE, SIZE), mode="area")
+        places = self.trunk[:4](images * 2 - 1)
+        return places.flatten(2).mT, self.hidden(self.trunk[4:](places))
+
     @torch.no_grad()
     def read(self, images):
         """-> per image {factor: (value, probability)}."""

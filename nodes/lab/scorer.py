@@ -6,15 +6,20 @@ from comfy_api.latest import io
 
 @dataclass(frozen=True)
 class LabScorer:
-    """A `Scorer`: the mean log-probability that the lab's reader gives to the factors that `prompt` names."""
+    """A `Scorer`: the mean log-probability that the lab's reader gives to the factors that `prompt` names. Also
+    `Features`: what the reader itself looks at."""
 
     prompt: str
     vae: Any = field(repr=False)
     reader: Any = field(repr=False)
+    patchers = ()
 
     def __call__(self, latents):
         images = self.vae.decode(latents).movedim(-1, 1).clamp(0, 1)
         return self.reader.to(images.device).score(images.float(), self.prompt)
+
+    def features(self, pictures):
+        return self.reader.to(pictures.device).features(pictures)
 
 
 class LabScorerNode(io.ComfyNode):

@@ -27,7 +27,7 @@ def differentiable(model):
                 "load it; use ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
             )
         model = model.clone(disable_dynamic=True)  # streamed weights are gone by the time of the backward pass
-    for name, p in model.model.diffusion_model.named_parameters():
+    for name, p in getattr(model.model, "diffusion_model", model.model).named_parameters():
         if type(p) not in (torch.nn.Parameter, torch.Tensor) or not p.is_floating_point():
             raise ValueError(
                 f"needs gradients, and the weights of this model are quantised ({name} is {type(p).__name__}, "
@@ -37,13 +37,14 @@ def differentiable(model):
 
 
 @contextmanager
-def gradients(model):
-    """Makes gradients possible through a ModelPatcher that is loaded, for the time of the block."""
+def gradients(*models):
+    """Makes gradients possible through ModelPatchers that are loaded, for the time of the block."""
     import comfy.model_management as mm
 
     was = mm.in_training
     with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
-        _own_weights(model.model)
+        for model in models:
+            _own_weights(model.model)
         mm.in_training = True  # some networks then leave out kernels that have no backward
         try:
             yield

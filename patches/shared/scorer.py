@@ -8,3 +8,16 @@ class Scorer(Protocol):
     which a higher one is better. Each is judged by itself."""
 
     def __call__(self, latents): ...
+
+
+class Features(Protocol):
+    """A frozen value that looks at pictures; a scorer may be one too.
+
+    features([n, 3, H, W] in 0..1) -> (what there is at each of N places [n, N, C], what there is at all [n, C']), both
+        differentiable in the picture. Each is looked at by itself.
+    patchers: the ModelPatchers whose weights it uses, to be loaded before.
+    """
+
+    patchers: tuple
+
+    def features(self, pictures): ...
