@@ -56,6 +56,16 @@ def test_the_reference_comes_over_and_the_prompt_is_obeyed(models, reader):
     assert off["obeyed"] > 0.9 and on["obeyed"] > 0.85
 
 
+def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
+    """16 unseen faces, one noise, one adapter told the identity of a picture that shares nothing else."""
+    adapter = files.load(str(load.WEIGHTS / "adapter_faceid.safetensors"))
+    assert (adapter.variant, adapter.tokens, adapter.face) == ("portrait", 4, 512)
+    case, options = likeness.faces(16, 60_000), dict(named=tuple(FACTORS), steps=10)
+    off, on = (likeness.drawn(reader, models, likeness.by_face(s), case, **options) for s in (0.0, 1.25))
+    assert on["identity"] > off["identity"] + 0.1 and on["identity"] > on["strangers"] + 0.1
+    assert on["obeyed"] > 0.93
+
+
 def test_the_steps_of_its_training(tmp_path, monkeypatch):
     """Both kinds train every part, resume and export a file that the loader reads."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
@@ -63,13 +73,13 @@ def test_the_steps_of_its_training(tmp_path, monkeypatch):
     edit.build(tmp_path, 5)
     for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "portrait")):
         begun = {k: v.clone() for k, v in which(tmp_path).model.state_dict().items()}
-        adapters.train(tmp_path, 4, which, batch=4)
+        adapters.train(tmp_path, 3, which, batch=4)
         first = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
         assert first["step"] > 3
         assert [k for k, v in first["model"].items() if torch.equal(v, begun[k])] == []
-        adapters.train(tmp_path, 6, which, batch=4)
+        adapters.train(tmp_path, 4, which, batch=4)
         again = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
-        assert again["step"] > first["step"] and again["seconds"] >= 6
+        assert again["step"] > first["step"] and again["seconds"] >= 4
         adapter = files.load(str(tmp_path / f"{name}.safetensors"))
         assert adapter.variant == variant
         weights = load_file(tmp_path / f"{name}.safetensors")
