@@ -31,9 +31,17 @@ def card(scores, log, **fixed):
         for (stage, name), (step, samples, seconds, value) in log.items()
         if name in ("loss", "psnr", "eps_error", "accuracy")
     )
+    def figures(which, name, *keys):
+        return " | ".join(f"{scores[which][name][key]:.3f}" for key in keys)
+
+    amounts = "\n".join(
+        f"| {name} | {figures('adapter', name, 'obeyed', 'taken', 'identity', 'strangers')} "
+        f"| {figures('faceid', name, 'obeyed', 'identity', 'strangers')} |"
+        for name in scores["adapter"]
+    )
     r2 = {name: ", ".join(f"{v:.2f}" for v in x["geometry_r2"]) for name, x in seen.items()}
     auc = {name: x["identity_auc"] for name, x in seen.items()}
-    return CARD.format(rows=rows, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
+    return CARD.format(rows=rows, amounts=amounts, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
 
 
 CARD = """# The lab models
@@ -68,6 +76,9 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | unet_edit.safetensors | what of it differs once it takes an image as four more channels: encoder and middle | MODEL |
 | dit.safetensors | Flux, 192 wide, 3 double and 5 single blocks, 64 image and 48 text tokens, rectified flow | MODEL |
 | dit_weak.safetensors | the same network, trained for minutes | MODEL |
+| vision.safetensors | CLIP vision transformer, 4 layers, 192 wide, 16 patches, embedding 128 wide | CLIP_VISION |
+| adapter.safetensors | IP-Adapter, plus layout: 16 tokens, keys and values of 7 cross-attentions | Load Adapter |
+| adapter_faceid.safetensors | IP-Adapter, FaceID layout without LoRA: 4 tokens from 512-d identity | Load Adapter |
 | reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
 
 ## Recipe
@@ -85,6 +96,13 @@ deviation of 1, times halfway between uniform and logit-normal, the UNet's text 
 the pooled vector is zero for 30 % of the pictures, so that the context is read, and the context empty for 25 %, so
 that the pooled vector is heard where the context is silent (the shipped weights: 50 % and 0 % for the first 1000
 steps, 40 % and 15 % for the next 1000).
+Image encoder: the patch embedding begins as principal components; the embedding tells factors (cross-entropy) and
+geometry (squares) through linear heads that are dropped; sharp and degraded renders. Adapters: Lab-UNet stays frozen,
+keys and values begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of
+a portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
+(50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
+adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without
+face.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents.
 
 | stage | steps | samples | minutes | last logged |
@@ -104,6 +122,17 @@ weaker sibling {mean[unet-weak]:.3f} (one noise); the DiT {mean[dit]:.3f}, its w
 Edits: {edit[count]} held-out portraits, one noise, told one factor to change (CFG {edit[cfg]}, no image guidance);
 the share whose factor shows. Mean {unet-edit[edited]:.3f}; all other factors kept {unet-edit[kept]:.3f},
 PSNR to the drawn truth {unet-edit[PSNR]:.1f} dB, cosine of the face with the truth's {unet-edit[identity]:.3f}.
+Image encoder: a linear map fitted on 600 held-out portraits reads {vision[embedding][0]:.3f} of the factors and the
+geometry with R2 {vision[embedding][1]:.3f} off the embedding of 200 others, {vision[hidden states][0]:.3f} and
+{vision[hidden states][1]:.3f} off the hidden states.
+Adapters: {references} held-out references, one noise; obeyed: factors as the prompt names them (plus: four that differ
+from the reference; FaceID: all), taken: the others as in the reference, identity: cosine of the face with the
+reference's, strangers: with other references'.
+
+| | plus: obeyed | taken | identity | strangers | FaceID: obeyed | identity | strangers |
+|---|---|---|---|---|---|---|---|
+{amounts}
+
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
 that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
 of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the

@@ -15,7 +15,7 @@ import torch
 from . import data, vae
 from .captions import caption
 from .card import card, last_rows
-from .load import load_model, load_vae
+from .load import load_model, load_vae, load_vision
 from .portrait import FACTORS, SIZE, draw
 from .reader import load_reader
 from .reading import pair, reconstruct
@@ -231,12 +231,47 @@ def _dit(out):
     return rates
 
 
+REFERENCES = 16  # unseen portraits that the adapters are shown, one noise
+AMOUNTS = {"off": 0.0, "half": 0.5, "full": 1.0}  # strengths
+
+
+def _adapters(by, case, named):
+    """What is drawn without the adapter, with it, and what can be reached."""
+    from . import likeness
+
+    reader, models = load_reader(), load_model("unet")
+    found = {name: likeness.drawn(reader, models, by(strength), case, named) for name, strength in AMOUNTS.items()}
+    found["reachable"] = likeness.truth(reader, models[2], case, named)
+    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}
+
+
+def _vision(out):
+    from . import likeness
+
+    return likeness.probe(load_vision())
+
+
+def _adapter(out):
+    from . import likeness
+
+    return _adapters(likeness.by_picture, likeness.cases(REFERENCES), likeness.NAMED)
+
+
+def _faceid(out):
+    from . import likeness
+
+    return _adapters(likeness.by_face, likeness.faces(REFERENCES), tuple(FACTORS))
+
+
 MEASURES = {
     "vae": _vae,
     "reader": lambda out: reader_report(load_reader()),
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
     "unet-edit": _edit,
+    "vision": _vision,
+    "adapter": _adapter,
+    "faceid": _faceid,
     "dit": _dit,
     "dit-weak": lambda out: prompt_hits(load_reader(), load_model("dit-weak"), PROMPTS, 1, **FLOW)[0],
     "leak": lambda out: leak(load_reader(), load_model("unet")),
@@ -258,5 +293,5 @@ def write_card(out, only=()):
         data.write_json(path, scores)
         print(name, json.dumps(value))
     if set(scores) == set(MEASURES):
-        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW, edit=EDIT)
+        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW, edit=EDIT, references=REFERENCES)
         (out / "card.md").write_text(card(scores, last_rows(out / "training.csv"), **how))
