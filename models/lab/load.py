@@ -9,6 +9,7 @@
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import comfy.clip_vision
@@ -223,9 +224,17 @@ def load_vae_patcher(disable_dynamic=False):
     return load_vae().patcher
 
 
+def vision_model(config):
+    """The host's image encoder of this configuration, which older hosts only read from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return comfy.clip_vision.ClipVisionModel(path)
+
+
 def load_vision():
     """-> CLIP_VISION."""
-    vision = comfy.clip_vision.ClipVisionModel(VISION)
+    vision = vision_model(VISION)
     weights = {k: w.to(vision.dtype) for k, w in load_file(WEIGHTS / "vision.safetensors").items()}
     missing, unexpected = vision.load_sd(weights)
     if missing or unexpected:

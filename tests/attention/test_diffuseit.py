@@ -5,9 +5,8 @@ from functools import cache
 import pytest
 import torch
 import toy
-from comfy.clip_vision import ClipVisionModel
 from comfy.patcher_extension import WrappersMP
-from steer.models.lab.load import load_unet, load_vae
+from steer.models.lab.load import load_unet, load_vae, vision_model
 from steer.models.lab.reader import load_reader
 from steer.nodes.lab.scorer import LabScorer
 from steer.patches.attention import diffuseit, masactrl
@@ -36,9 +35,10 @@ def eyes(kind="scorer"):
             projection_dim=16,
         )
     else:
+        size |= dict(patch_size=14, image_size=518)  # the one that older hosts can make
         config = dict(size, model_type="dinov2", layer_norm_eps=1e-6, use_swiglu_ffn=False)
     with torch.inference_mode():
-        made = ClipVisionModel(config)
+        made = vision_model(config)
         toy.random_weights(made.model)
     return made
 

@@ -1,11 +1,11 @@
 """Adapters written out: the host's own hooks on a toy UNet, and small random files and encoders for them."""
 
-import comfy.clip_vision
 import torch
 import toy
 from attention.by_hand import attention
 from identity import oracle
 from steer.models.identity import adapter as files
+from steer.models.lab.load import vision_model
 from torch.nn.functional import adaptive_avg_pool2d
 
 ORDER = [("input", 1), ("input", 3), *(("output", i) for i in range(4)), ("middle", 0)]  # of a file for toy.UNET
@@ -18,7 +18,7 @@ TAKEN = {"base": "image_embeds", "plus": "penultimate_hidden_states", "full-face
 
 def encoder(**changes):
     """The host's image encoder, small and random."""
-    made = comfy.clip_vision.ClipVisionModel({**CONFIG, **changes})
+    made = vision_model({**CONFIG, **changes})
     toy.random_weights(made.model, 5)
     return made
 

@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager
 
-import comfy.clip_vision
 import comfy.model_management as mm
 import pytest
 import torch
@@ -15,6 +14,7 @@ from identity.by_hand import CONFIG, encoder, pictures
 from identity.oracle_joint import INSTANTX, NETWORKS, TIMED, XLABS
 from steer.models.identity import adapter as files
 from steer.models.identity.siglip import PREFIX, PoolingHead, head_of
+from steer.models.lab.load import vision_model
 from steer.patches.attention import masactrl
 from steer.patches.guidance import apg, pag, slg
 from steer.patches.identity import ipadapter
@@ -56,7 +56,7 @@ def vision(variant):
         return encoder()
     config = {**CONFIG, "model_type": "siglip_vision_model"}
     del config["projection_dim"]  # as in the host's
-    made = comfy.clip_vision.ClipVisionModel(config)
+    made = vision_model(config)
     toy.random_weights(made.model, 6)
     return made
 
