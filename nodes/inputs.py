@@ -122,3 +122,10 @@ def source():
         optional=True,
         tooltip="The prompt that describes the source picture; without it, the one it was inverted with.",
     )
+
+
+def where(of, more=""):
+    """A mask of the picture that is drawn."""
+    return io.Mask.Input(
+        "mask", optional=True, tooltip=f"Where in the new picture {of} counts: 1 is all of it, 0 not at all.{more}"
+    )

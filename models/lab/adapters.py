@@ -24,7 +24,7 @@ from .portrait import FACTORS, Portrait, draw
 from .reader import load_reader
 from .stage import Stage
 from .text import Vocabulary
-from .unet import Balance, plain_attention
+from .unet import Balance, plain_attention, swapped
 
 TOKENS, DEPTH, WIDTH = 16, 3, 128  # of the resampler
 FACE_TOKENS, FACE_INNER = 4, 256
@@ -238,12 +238,7 @@ class Face(Trainer):
 def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0):
     import comfy.ldm.modules.attention as host
 
-    usual = host.optimized_attention
-    if common.device().type == "cpu":
-        host.optimized_attention = plain_attention
-    try:
+    with swapped(host):
         stage = which(work, seed=seed, lr=lr)
         stage.run(budget, batch)
         stage.export(common.WEIGHTS)
-    finally:
-        host.optimized_attention = usual

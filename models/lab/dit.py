@@ -10,6 +10,7 @@ from . import common, latents
 from .load import TOKENS, dit_model
 from .portrait import Portrait
 from .text import Encoder, Vocabulary
+from .unet import swapped
 
 ZERO = ("mod.lin", "modulation", "final_layer.linear")  # zero at the start: every block adds nothing, the output is 0
 DROP_POOLED, DROP_CONTEXT = 0.3, 0.25  # see Trainer.text
@@ -131,12 +132,10 @@ class Trainer:
 
 
 def train(work, budget, batch=48, lr=2e-3, seed=0, name="dit"):
-    flux, mm = comfy.ldm.flux.math, comfy.model_management
-    usual = flux.optimized_attention, mm.in_training
-    mm.in_training = True  # the host's own switch: a rotary embedding that has a gradient
-    if common.device().type == "cpu":
-        flux.optimized_attention = plain_attention
+    mm = comfy.model_management
+    usual, mm.in_training = mm.in_training, True  # the host's own switch: a rotary embedding that has a gradient
     try:
-        Trainer(work, name, seed, lr).run(budget, batch)
+        with swapped(comfy.ldm.flux.math, plain_attention):
+            Trainer(work, name, seed, lr).run(budget, batch)
     finally:
-        flux.optimized_attention, mm.in_training = usual
+        mm.in_training = usual

@@ -15,7 +15,7 @@ from . import common, data, evaluate, latents, load
 from .captions import phrases
 from .portrait import FACTORS, draw
 from .text import Encoder, Vocabulary
-from .unet import Balance, plain_attention
+from .unet import Balance, swapped
 
 PAIRS = 5000  # each serves in both directions
 TRAINED = ("input_blocks", "middle_block")
@@ -145,12 +145,7 @@ class Trainer:
 def train(work, budget, batch=32, lr=1e-3, seed=0):
     import comfy.ldm.modules.attention as host
 
-    usual = host.optimized_attention
-    if common.device().type == "cpu":
-        host.optimized_attention = plain_attention
-    try:
+    with swapped(host):
         trainer = Trainer(work, seed=seed, lr=lr)
         trainer.run(budget, batch)
         trainer.export(common.WEIGHTS)
-    finally:
-        host.optimized_attention = usual

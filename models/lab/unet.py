@@ -1,6 +1,7 @@
 """Stage "unet": Lab-UNet and the text encoder, eps-prediction on latents drawn from Stable Diffusion's schedule."""
 
 import random
+from contextlib import contextmanager
 
 import torch
 
@@ -32,6 +33,18 @@ def plain_attention(q, k, v, heads, mask=None, **kwargs):
     with torch.autocast(q.device.type, enabled=False):
         weights = torch.softmax((q * (c // heads) ** -0.5) @ k.mT, -1)
         return (weights @ v).view(b, heads, n, c // heads).transpose(1, 2).reshape(b, n, c)
+
+
+@contextmanager
+def swapped(module, attention=plain_attention):
+    """Gives a module of the host `attention` for the time of the block, on a CPU."""
+    usual = module.optimized_attention
+    if common.device().type == "cpu":
+        module.optimized_attention = attention
+    try:
+        yield
+    finally:
+        module.optimized_attention = usual
 
 
 class Balance:
@@ -182,10 +195,5 @@ class Trainer:
 def train(work, budget, batch=48, lr=2e-3, seed=0, name="unet"):
     import comfy.ldm.modules.attention as host
 
-    usual = host.optimized_attention
-    if common.device().type == "cpu":
-        host.optimized_attention = plain_attention
-    try:
+    with swapped(host):
         Trainer(work, name, seed, lr).run(budget, batch)
-    finally:
-        host.optimized_attention = usual

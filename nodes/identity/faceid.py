@@ -88,11 +88,7 @@ class FaceID(io.ComfyNode):
                     optional=True,
                     tooltip="For the plus adapters: the aligned face, where the face comes without its picture.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where in the new picture the face counts: 1 is all of it, 0 not at all.",
-                ),
+                inputs.where("the face"),
             ],
             outputs=[io.Model.Output(tooltip="The model, steered. Wire it to KSampler or a guider.")],
         )

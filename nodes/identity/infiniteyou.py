@@ -57,12 +57,7 @@ class InfiniteYou(io.ComfyNode):
                     optional=True,
                     tooltip="The face's keypoints, drawn by SteerFaceKeypoints; without it the face may be anywhere.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where in the new picture the face counts: 1 is all of it, 0 not at all. One node with a "
-                    "mask for each of several persons.",
-                ),
+                inputs.where("the face", " One node with a mask for each of several persons."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With InfuseNet and the face's tokens."),

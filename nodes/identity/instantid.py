@@ -64,11 +64,8 @@ class InstantID(io.ComfyNode):
                 inputs.layers("act in", "all that attend to the text"),
                 *inputs.window(),
                 inputs.curve("the strength"),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where in the new picture the face counts, for words and ControlNet: 1 is all of it, 0 "
-                    "not at all. One node with a mask for each of several persons.",
+                inputs.where(
+                    "the face, for words and ControlNet,", " One node with a mask for each of several persons."
                 ),
             ],
             outputs=[

@@ -83,11 +83,7 @@ class IPAdapter(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures for the negative, in place of what unconditional says: less of what they show.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where in the new picture the reference counts: 1 is all of it, 0 not at all.",
-                ),
+                inputs.where("the reference"),
             ],
             outputs=[io.Model.Output(tooltip="The model, steered. Wire it to KSampler or a guider.")],
         )
