@@ -62,7 +62,12 @@ def cross(unet):
 
 
 class Trainer(Stage):
-    """A subclass says what `projector` is, and makes `reference`s."""
+    """A subclass says what `projector` is, and makes `reference`s.
+
+    adam: as of `Stage`.
+    """
+
+    adam = ("latents",)
 
     def __init__(self, work, name, projector, seed, lr):
         device = common.device()
@@ -74,17 +79,28 @@ class Trainer(Stage):
         self.blocks, attentions = zip(*cross(unet), strict=True)
         layers = [torch.nn.ModuleDict({f"{key}_ip": torch.nn.Linear(*getattr(a, key).weight.shape[::-1], bias=False)
                                        for key in ("to_k", "to_v")}) for a in attentions]
-        model = Network(initialise(projector), layers).requires_grad_(True)
+        model = Network(initialise(projector), layers)
+        for key, part in self.parts().items():
+            model.add_module(key, part)
+        model.requires_grad_(True)
         with torch.no_grad():
             for layer, a in zip(layers, attentions, strict=True):
                 layer["to_k_ip"].weight.copy_(a.to_k.weight)
                 layer["to_v_ip"].weight.copy_(a.to_v.weight)
         self.balance = Balance()
         self.balance.mean.fill_(0.02)
-        super().__init__(work, name, model, ("latents",), seed, lr, kept={"balance": self.balance.mean})
+        super().__init__(work, name, model, self.adam, seed, lr, kept={"balance": self.balance.mean})
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
         self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+
+    def parts(self):
+        """{name: network} that is trained beside projector and layers, on the device."""
+        return {}
+
+    def control(self, x, t, tokens, portraits):
+        """What a ControlNet adds to the UNet that draws `portraits`, as the host takes it; None for nothing."""
+        return None
 
     def reference(self, portraits, given):
         """What the projector takes of portraits, one where `given` and nothing elsewhere."""
@@ -121,7 +137,9 @@ class Trainer(Stage):
         x = sampling.calculate_input(sigma, z + sigma * noise)
         with common.autocast():
             tokens = self.model.image_proj(self.reference(looked, given))
-            eps = self.unet(x, t.float(), self.encoder(rows), transformer_options=self.add(tokens))
+            control = self.control(x, t, tokens, [self.portraits[i] for i in at])
+            options = self.add(tokens)
+            eps = self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options)
         error = (eps.float() - noise).square().mean((1, 2, 3))
         return self.balance(error, t), {"eps_error": error.detach().mean()}
 
@@ -129,8 +147,10 @@ class Trainer(Stage):
         """fp16, in the layout of the public files."""
         weights = {}
         for key, value in self.average.shadow.items():
-            if key.startswith("layers."):
-                _, n, *name = key.split(".")
+            part, n, *name = key.split(".")
+            if part not in ("image_proj", "layers"):
+                continue
+            if part == "layers":
                 key = f"ip_adapter.{2 * int(n) + 1}.{'.'.join(name)}"
             weights[key] = value.half().contiguous().cpu()
         save_file(weights, out / f"{self.path.stem}.safetensors")
@@ -216,10 +236,12 @@ class Face(Trainer):
     def __init__(self, work, name="adapter_faceid", seed=0, lr=2e-3):
         torch.manual_seed(seed)
         self.reader = load_reader().to(common.device())
+        super().__init__(work, name, self.projector(), seed, lr)
+
+    def projector(self):
         width = load.TEXT["hidden_size"]
         shapes = {"proj.0.weight": (FACE_INNER, 512), "proj.2.weight": (FACE_TOKENS * width, FACE_INNER)}
-        projector = projectors.FaceMLP(shapes | {"norm.weight": (width,)}, disable_weight_init)
-        super().__init__(work, name, projector, seed, lr)
+        return projectors.FaceMLP(shapes | {"norm.weight": (width,)}, disable_weight_init)
 
     @torch.no_grad()
     def reference(self, portraits, given):

@@ -6,17 +6,21 @@
     CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
     VAE    the host's TAESD architecture                                                vae.safetensors
     CLIP_VISION  the host's CLIP image encoder, four layers                              vision.safetensors
+    CONTROL_NET  the host's ControlNet for the UNet, InstantID's                         controlnet.safetensors
 """
 
 import json
 import tempfile
 from pathlib import Path
 
+import comfy.cldm.cldm
 import comfy.clip_vision
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -240,6 +244,25 @@ def load_vision():
     if missing or unexpected:
         raise RuntimeError(f"vision.safetensors does not fit the image encoder: {missing=}, {unexpected=}")
     return vision
+
+
+def control_model(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init):
+    """The host's ControlNet for Lab-UNet, with uninitialised weights."""
+    config = {k: v for k, v in UNET.items() if k not in ("out_channels", "transformer_depth_output")}
+    config |= LabConfig.unet_extra_config
+    return comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=dtype, device=device, operations=operations)
+
+
+def load_control(path=WEIGHTS / "controlnet.safetensors"):
+    """-> CONTROL_NET for the keypoints of a face; its context is an identity's tokens, as InstantID's."""
+    mm, weights = comfy.model_management, load_file(path)
+    device, supported = mm.get_torch_device(), LabConfig.supported_inference_dtypes
+    count = sum(w.numel() for w in weights.values())
+    dtype = mm.unet_dtype(device=device, model_params=count, supported_dtypes=supported, weight_dtype=torch.float16)
+    cast = mm.unet_manual_cast(dtype, device, supported)
+    model = control_model(dtype, mm.unet_offload_device(), comfy.ops.pick_operations(dtype, cast))
+    model.load_state_dict({k: w.to(dtype) for k, w in weights.items()})
+    return comfy.controlnet.ControlNet(model, load_device=device, manual_cast_dtype=cast)
 
 
 def load_model(which="unet"):
