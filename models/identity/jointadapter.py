@@ -59,5 +59,5 @@ class JointAdapter(Adapter):
             f"Takes the picture as a whole.\nImage encoder: {self.encoder}; from models/clip_vision.",
         ]
         if self.headed:
-            lines.append("The encoder's file must hold SigLIP's pooling head too (vision_model.head).")
+            lines.append("If that is SigLIP, its file must hold the pooling head too (vision_model.head).")
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Stage "dit": Lab-DiT, rectified flow on whitened latents; the text encoder is the UNet's, frozen."""
 
 import random
+from contextlib import contextmanager
 
 import comfy.ldm.flux.math
 import comfy.model_management
@@ -131,11 +132,18 @@ class Trainer:
         self.save(log)
 
 
-def train(work, budget, batch=48, lr=2e-3, seed=0, name="dit"):
+@contextmanager
+def trainable():
+    """Lets gradients through the host's Flux."""
     mm = comfy.model_management
     usual, mm.in_training = mm.in_training, True  # the host's own switch: a rotary embedding that has a gradient
     try:
         with swapped(comfy.ldm.flux.math, plain_attention):
-            Trainer(work, name, seed, lr).run(budget, batch)
+            yield
     finally:
         mm.in_training = usual
+
+
+def train(work, budget, batch=48, lr=2e-3, seed=0, name="dit"):
+    with trainable():
+        Trainer(work, name, seed, lr).run(budget, batch)

@@ -14,7 +14,8 @@
     python models/lab/train.py vision              the image encoder; exports itself, as all below
     python models/lab/train.py adapter             IP-Adapter (plus) for the exported Lab-UNet and the image encoder
     python models/lab/train.py faceid              FaceID adapter for the exported Lab-UNet and the reader
-    python models/lab/train.py instantid           InstantID for the exported Lab-UNet and the reader, with its ControlNet
+    python models/lab/train.py instantid           InstantID for the exported Lab-UNet and the reader
+    python models/lab/train.py adapter-dit         IP-Adapter (InstantX) for the exported Lab-DiT and the image encoder
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
@@ -30,9 +31,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
 STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "adapter",
-          "faceid", "instantid", "eval")  # fmt: skip
+          "faceid", "instantid", "adapter-dit", "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "adapter": 7, "faceid": 4,
-           "instantid": 20}
+           "instantid": 20, "adapter-dit": 15}
+OWN = {"instantid": "instantid", "adapter-dit": "flow"}  # adapters with a module of their own
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "dit", "dit-weak", "leak",
          "dit-leak", "dit-heeds", "seconds", "dit-seconds", "megabytes")  # fmt: skip
 
@@ -86,9 +88,9 @@ def run(stage, o):
         module("edit").build(o.work)
         which = getattr(module("adapters"), {"adapter": "Plus", "faceid": "Face"}[stage])
         module("adapters").train(o.work, 60 * (o.minutes or MINUTES[stage]), which, o.batch or 32, seed=o.seed)
-    elif stage == "instantid":
+    elif stage in OWN:
         module("edit").build(o.work)
-        module("instantid").train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed)
+        module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed)
     elif stage == "eval":
         module("evaluate").write_card(module("common").WEIGHTS, o.only)
 

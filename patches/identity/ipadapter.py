@@ -163,8 +163,8 @@ def apply(model, adapter, strength, weight_type, layers, combine, unconditional,
         term = (JointIPAdapter if joint else IPAdapter)(schedule, adapter, strength, weights, mask=mask)
         if term.off:
             return steer(model, term)
-        if not (joint and adapter.headed):
-            head = None
+        if not (joint and adapter.headed) or (clip_vision is not None and "projection_dim" in clip_vision.config):
+            head = None  # an encoder with a projection, as CLIP has, pools by itself
         elif head is None:
             raise ValueError(
                 f"{adapter.name} takes what SigLIP's pooling head makes of the picture, and the host leaves it out: "

@@ -1,0 +1,112 @@
+"""Stage "adapter-dit": an IP-Adapter of InstantX' layout for the exported Lab-DiT, which is frozen.
+
+    adapter_dit.safetensors   tokens of the picture as a whole, keys and values of all blocks; models/identity/joint.py
+
+What text and reference say in training is as for the plus adapter (adapters.py).
+"""
+
+import numpy as np
+import torch
+from comfy.ops import disable_weight_init
+from safetensors.torch import load_file, save_file
+
+from ...patches.shared.jointreference import rms
+from ..identity.joint import INSTANTX, Network
+from . import adapters, common, data, edit, load, vision
+from .dit import network, plain_attention, times, trainable
+from .portrait import draw
+from .stage import Stage
+from .text import Vocabulary
+
+TOKENS, INNER = 16, 256
+
+
+class Trainer(Stage):
+    def __init__(self, work, name="adapter_dit", seed=0, lr=2e-3):
+        torch.manual_seed(seed)
+        device = common.device()
+        self.base = network(load.latent_stats("dit"))
+        self.dit = self.base.diffusion_model.requires_grad_(False)
+        self.dit.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / load.MODELS["dit"]).items()})
+        self.vocabulary, self.encoder = Vocabulary(), edit.text_encoder()
+        self.vision = vision.network().to(device).requires_grad_(False)
+        self.vision.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / "vision.safetensors").items()})
+        super().__init__(work, name, self.adapter().to(device), seed=seed, lr=lr)
+        latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
+        self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
+        self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+
+    choose = adapters.Plus.choose
+
+    def adapter(self):
+        """The network of the file, initialised."""
+        width, hidden = load.TEXT["hidden_size"], load.DIT["hidden_size"]
+        image = {"proj.0.weight": (INNER, load.VISION["projection_dim"]), "proj.2.weight": (TOKENS * width, INNER),
+                 "norm.weight": (width,)}
+        layers = [{f"to_{x}_ip.weight": (hidden, width) for x in "kv"}] * (
+            load.DIT["depth"] + load.DIT["depth_single_blocks"]
+        )
+        made = Network(INSTANTX, image, layers, disable_weight_init)
+        adapters.initialise(made.image_proj)
+        for p in made.layers.parameters():
+            torch.nn.init.normal_(p, std=width**-0.5)
+        return made.requires_grad_(True)
+
+    @torch.no_grad()
+    def reference(self, portraits, given):
+        """The encoder's embedding of portraits [B, E], zero where there is none."""
+        images = torch.from_numpy(np.stack([draw(p) for p in portraits])).to(given.device).float() / 255
+        return vision.look(self.vision, images)[1].float() * given[:, None]
+
+    def text(self, rows):
+        """[B, 77] rows -> context and pooled vector, as the host gives them."""
+        x = self.encoder(rows)
+        end = (rows == self.vocabulary.rows[self.vocabulary.end]).int().argmax(1)
+        return x[:, : load.TOKENS], x[torch.arange(len(rows), device=rows.device), end]
+
+    def add(self, tokens):
+        """transformer_options that add attention to `tokens` [B, T, D] in every block, as `JointReference` does."""
+        heads = load.DIT["num_heads"]
+        pairs = [[rms(layer[f"to_{x}_ip"](tokens), heads).unflatten(2, (heads, -1)).transpose(1, 2) for x in "kv"]
+                 for layer in self.model.layers]
+        asked = {}
+
+        def ask(q, k, v, extra_options, **rest):
+            asked["q"] = q
+            return {}
+
+        def answer(out, options):
+            single = options["block_type"] == "single"
+            first = 0 if single else options["img_slice"][0]
+            k, v = pairs[options["block_index"] + load.DIT["depth"] * single]
+            seen = plain_attention(asked["q"][:, :, first:], k.to(out), v.to(out), heads)
+            return torch.cat((out[:, :first], out[:, first:] + seen), 1)
+
+        return {"patches": {"attn1_patch": [ask], "attn1_output_patch": [answer]}}
+
+    def loss(self, size):
+        at = self.rng.choices(range(len(self.z)), k=size)
+        z, chosen = self.z[at], [self.choose(self.portraits[i]) for i in at]
+        rows = torch.tensor([self.vocabulary.encode(parts) for parts, _ in chosen], device=z.device)
+        looked = [p or self.portraits[0] for _, p in chosen]
+        given = torch.tensor([p is not None for _, p in chosen], device=z.device)
+        t, noise = times(size, z.device), torch.randn_like(z)
+        x = self.base.model_sampling.noise_scaling(t.view(-1, 1, 1, 1), noise, z)
+        with common.autocast():
+            tokens = self.model.image_proj(self.reference(looked, given))
+            v = self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens))
+        error = (v.float() - (noise - z)).square().mean()
+        return error, {"velocity_error": error.detach()}
+
+    def export(self, out):
+        """fp16, in the layout of the public file."""
+        weights = {("ip_adapter" + k.removeprefix("layers") if k.startswith("layers.") else k): v
+                   for k, v in self.average.shadow.items()}
+        save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / f"{self.path.stem}.safetensors")
+
+
+def train(work, budget, batch=32, lr=2e-3, seed=0):
+    with trainable():
+        stage = Trainer(work, seed=seed, lr=lr)
+        stage.run(budget, batch)
+        stage.export(common.WEIGHTS)

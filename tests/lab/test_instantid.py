@@ -1,0 +1,136 @@
+"""The lab's InstantID is trained as the node applies it, and comes in files of the public layout."""
+
+import comfy.controlnet
+import comfy.sample
+import pytest
+import torch
+from safetensors.torch import load_file
+from steer.models.identity import adapter as files
+from steer.models.lab import common, edit, instantid, load
+from steer.models.lab.captions import phrases
+from steer.models.lab.face import LabRecogniser, keypoints
+from steer.models.lab.portrait import Portrait, draw
+from steer.patches.identity import face
+from steer.patches.identity import instantid as method
+from steer.patches.shared.schedule import Schedule
+
+from nodes import CLIPTextEncode
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    edit.build(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainer(work):
+    """With weights that are not zero, and in fp16 are what they are."""
+    made = instantid.InstantID(work, name="adapter_by_hand")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in made.model.parameters():
+            if not p.any():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+            p.copy_(p.half())
+    made.average = common.Average(made.model)
+    return made
+
+
+def test_keypoints_are_where_the_renderer_draws():
+    p = Portrait(glasses="no glasses", expression="angry", mouth_width=0.5, eye_spacing=-0.5, nose_length=0.7)
+    points = keypoints(p)
+    dark = torch.from_numpy(draw(p).astype("float32")).mean(-1) < 60
+    rows, columns = torch.meshgrid(*(torch.arange(128.0),) * 2, indexing="ij")
+    for x, y in points[:2].tolist():  # pupils
+        near = dark & ((rows - y - 2).abs() < 5) & ((columns - x).abs() < 6)
+        assert abs(columns[near].mean() + 0.5 - x) < 1
+    assert points[3, 0] < points[0, 0] < points[2, 0] < points[1, 0] < points[4, 0]
+    found = LabRecogniser().find(torch.from_numpy(draw(p).copy()).float() / 255)[1][0]
+    assert (found - points).abs().max() < 2
+
+
+def test_is_trained_as_the_node_applies_it(work, trainer, tmp_path):
+    """One step of the host with the node and the exported files, and the UNet as the training asks it."""
+    trainer.export(tmp_path)
+    made = files.load(str(tmp_path / "adapter_by_hand.safetensors"))
+    net = load.load_control(tmp_path / "controlnet.safetensors")
+    assert (made.variant, made.tokens, made.face, made.width) == ("face-resampler", instantid.TOKENS, 512, 128)
+    p, model = trainer.portraits[0], load.load_unet()
+    clip = load.load_clip()
+    parts = phrases(p)
+    positive, negative = (CLIPTextEncode().encode(clip, text)[0] for text in (", ".join(parts), ""))
+    who = trainer.reference([p], torch.tensor([True]))
+    hint = face.draw(keypoints(p)[None], (128, 128))
+    always = Schedule()
+    steered, positive, negative = method.apply(
+        model, positive, negative, made, net, who, hint, 1.0, 1.0, "linear", "auto", always
+    )
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    def host(model, positive):
+        options = dict(steps=1, cfg=1.0, sampler_name="euler", scheduler="normal", seed=0, disable_pbar=True)
+        return comfy.sample.sample(
+            model, noise, positive=positive, negative=negative, latent_image=torch.zeros_like(noise), **options
+        )
+
+    sampling = trainer.base.model_sampling
+    sigma, t = sampling.sigma_max.view(1, 1, 1, 1), torch.tensor([999])
+    x = sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
+    xc = sampling.calculate_input(sigma, x)
+    rows = torch.tensor([trainer.vocabulary.encode(parts)])
+    with torch.no_grad(), instantid.added():
+        tokens = trainer.model.image_proj(who)
+        control = trainer.control(xc, t, tokens, [p])
+        eps = trainer.unet(xc, t.float(), trainer.encoder(rows), control=control,
+                           transformer_options=trainer.add(tokens))
+    expected = trainer.base.latent_format.process_out(sampling.calculate_denoised(sigma, eps, x))
+    out = host(steered, positive)
+    assert (out - expected).abs().max() < 1e-2 * expected.std()
+    plain = [[c, {k: v for k, v in o.items() if k not in ("control", "model_conds")}] for c, o in positive]
+    assert (host(model, plain) - expected).abs().max() > 0.2 * expected.std()
+    assert (host(steered, plain) - expected).abs().max() > 0.1 * expected.std()
+
+
+def test_the_controlnet_adds_nothing_at_first(work):
+    begun = instantid.InstantID(work, name="none")
+    x, tokens = torch.randn(2, 4, 16, 16), torch.randn(2, instantid.TOKENS, 128)
+    with torch.no_grad():
+        said = begun.control(x, torch.tensor([10, 500]), tokens, begun.portraits[:2])
+    assert not any(h.any() for hs in said.values() for h in hs)
+    unet = begun.base.diffusion_model.state_dict()
+    own = begun.model.control.state_dict()
+    shared = [k for k in own if k in unet]
+    assert len(shared) > 100 and all(torch.equal(own[k], unet[k]) for k in shared)
+
+
+def test_its_keys_are_those_of_the_public_file(trainer, tmp_path):
+    trainer.export(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_by_hand.safetensors"))
+    layers = {f"image_proj.layers.{i}.{key}" for i in range(instantid.DEPTH) for key in (
+        "0.norm1.weight", "0.norm1.bias", "0.norm2.weight", "0.norm2.bias", "0.to_q.weight", "0.to_kv.weight",
+        "0.to_out.weight", "1.0.weight", "1.0.bias", "1.1.weight", "1.3.weight",
+    )}
+    ends = {f"image_proj.{name}.{kind}" for name in ("proj_in", "proj_out", "norm_out") for kind in ("weight", "bias")}
+    assert keys == {"image_proj.latents", *ends, *layers} | {
+        f"ip_adapter.{2 * n + 1}.to_{x}_ip.weight" for n in range(7) for x in "kv"
+    }
+    net = set(load_file(tmp_path / "controlnet.safetensors"))
+    assert {"zero_convs.0.0.weight", "middle_block_out.0.weight", "input_hint_block.14.weight"} < net
+    assert not any(key.startswith("output_blocks") for key in net)
+
+
+def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
+    """Every part is trained, the training goes on where it stopped, and exports both files."""
+    monkeypatch.setattr(common, "WEIGHTS", tmp_path)
+    begun = {k: v.clone() for k, v in instantid.InstantID(work).model.state_dict().items()}
+    instantid.train(work, 4, batch=4)
+    first = torch.load(work / "adapter_instantid.ckpt", weights_only=True)
+    assert first["step"] > 3
+    assert [k for k, v in first["model"].items() if torch.equal(v, begun[k])] == []
+    instantid.train(work, 6, batch=4)
+    again = torch.load(work / "adapter_instantid.ckpt", weights_only=True)
+    assert again["step"] > first["step"] and again["seconds"] >= 6
+    weights = load_file(tmp_path / "controlnet.safetensors")
+    assert torch.equal(weights["zero_convs.3.0.weight"], again["average"]["control.zero_convs.3.0.weight"].half())
+    assert isinstance(load.load_control(tmp_path / "controlnet.safetensors"), comfy.controlnet.ControlNet)
