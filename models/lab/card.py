@@ -31,19 +31,17 @@ def card(scores, log, **fixed):
         for (stage, name), (step, samples, seconds, value) in log.items()
         if name in ("loss", "psnr", "eps_error", "accuracy")
     )
-    def figures(which, name, *keys):
-        return " | ".join(f"{scores[which][name][key]:.3f}" for key in keys)
-
     amounts = "\n".join(
-        f"| {name} | {figures('adapter', name, 'obeyed', 'taken', 'identity', 'strangers')} "
-        f"| {figures('faceid', name, 'obeyed', 'identity', 'strangers')} |"
-        for name in scores["adapter"]
+        f"| {title} | {amount} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in TOLD) + " |"
+        for which, title in ADAPTERS.items() if which in scores for amount, row in scores[which].items()
     )
     r2 = {name: ", ".join(f"{v:.2f}" for v in x["geometry_r2"]) for name, x in seen.items()}
     auc = {name: x["identity_auc"] for name, x in seen.items()}
     return CARD.format(rows=rows, amounts=amounts, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
 
 
+TOLD = "obeyed", "taken", "identity", "strangers"
+ADAPTERS = {"adapter": "plus", "faceid": "FaceID", "instantid": "InstantID", "adapter-dit": "InstantX, DiT"}
 CARD = """# The lab models
 
 Tiny models that ship with Steer, trained from nothing on portraits drawn by `models/lab/portrait.py`. They make every
@@ -125,12 +123,12 @@ PSNR to the drawn truth {unet-edit[PSNR]:.1f} dB, cosine of the face with the tr
 Image encoder: a linear map fitted on 600 held-out portraits reads {vision[embedding][0]:.3f} of the factors and the
 geometry with R2 {vision[embedding][1]:.3f} off the embedding of 200 others, {vision[hidden states][0]:.3f} and
 {vision[hidden states][1]:.3f} off the hidden states.
-Adapters: {references} held-out references, one noise; obeyed: factors as the prompt names them (plus: four that differ
-from the reference; FaceID: all), taken: the others as in the reference, identity: cosine of the face with the
+Adapters: {references} held-out references, one noise; obeyed: factors as the prompt names them (pictures: four that
+differ from the reference; faces: all), taken: the others as in the reference, identity: cosine of the face with the
 reference's, strangers: with other references'.
 
-| | plus: obeyed | taken | identity | strangers | FaceID: obeyed | identity | strangers |
-|---|---|---|---|---|---|---|---|
+| adapter | strength | obeyed | taken | identity | strangers |
+|---|---|---|---|---|---|
 {amounts}
 
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples

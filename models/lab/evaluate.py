@@ -15,7 +15,7 @@ import torch
 from . import data, vae
 from .captions import caption
 from .card import card, last_rows
-from .load import load_model, load_vae, load_vision
+from .load import load_model, load_vae
 from .portrait import FACTORS, SIZE, draw
 from .reader import load_reader
 from .reading import pair, reconstruct
@@ -39,8 +39,11 @@ def conditioning(clip, prompts, pooled=None):
 
 def sample(models, prompts, seed, **options):
     """`sample_noise` from the noise of a seed."""
-    noise = torch.randn(len(prompts), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
-    return sample_noise(models, prompts, noise, **options)
+    return sample_noise(models, prompts, noise_of(len(prompts), seed), **options)
+
+
+def noise_of(count, seed):
+    return torch.randn(count, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -55,16 +58,20 @@ def sample_noise(
     scheduler="normal",
     pooled=None,
     image=None,
+    steer=None,
 ):
     """Pictures [B, 3, 128, 128] in [0, 1], one per prompt, as KSampler makes them from `latent` or an empty one.
 
     `image`: latents [B, 4, 16, 16] that both conditionings carry, for the model that edits.
+    `steer`: (MODEL, positive, negative) -> the same, steered.
     """
     model, clip, decoder = models
     latent = torch.zeros_like(noise) if latent is None else latent
     conds = conditioning(clip, prompts, pooled), conditioning(clip, [""])
     if image is not None:
         conds = [node_helpers.conditioning_set_values(c, {"concat_latent_image": image}) for c in conds]
+    if steer is not None:
+        model, *conds = steer(model, *conds)
     run = dict(steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler, seed=0, disable_pbar=True)
     out = comfy.sample.sample(model, noise, positive=conds[0], negative=conds[1], latent_image=latent, **run)
     return decoder.decode(out).movedim(-1, 1).float()
@@ -231,47 +238,12 @@ def _dit(out):
     return rates
 
 
-REFERENCES = 16  # unseen portraits that the adapters are shown, one noise
-AMOUNTS = {"off": 0.0, "half": 0.5, "full": 1.0}  # strengths
-
-
-def _adapters(by, case, named):
-    """What is drawn without the adapter, with it, and what can be reached."""
-    from . import likeness
-
-    reader, models = load_reader(), load_model("unet")
-    found = {name: likeness.drawn(reader, models, by(strength), case, named) for name, strength in AMOUNTS.items()}
-    found["reachable"] = likeness.truth(reader, models[2], case, named)
-    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}
-
-
-def _vision(out):
-    from . import likeness
-
-    return likeness.probe(load_vision())
-
-
-def _adapter(out):
-    from . import likeness
-
-    return _adapters(likeness.by_picture, likeness.cases(REFERENCES), likeness.NAMED)
-
-
-def _faceid(out):
-    from . import likeness
-
-    return _adapters(likeness.by_face, likeness.faces(REFERENCES), tuple(FACTORS))
-
-
 MEASURES = {
     "vae": _vae,
     "reader": lambda out: reader_report(load_reader()),
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
     "unet-edit": _edit,
-    "vision": _vision,
-    "adapter": _adapter,
-    "faceid": _faceid,
     "dit": _dit,
     "dit-weak": lambda out: prompt_hits(load_reader(), load_model("dit-weak"), PROMPTS, 1, **FLOW)[0],
     "leak": lambda out: leak(load_reader(), load_model("unet")),
@@ -285,13 +257,16 @@ MEASURES = {
 
 def write_card(out, only=()):
     """Measure (all, or the parts named in `only`) -> `out`/scores.json, sheet.jpg and, once complete, card.md."""
-    path = out / "scores.json"
-    for name in only or MEASURES:
-        value = MEASURES[name](out)
+    from . import likeness
+
+    path, measures = out / "scores.json", MEASURES | likeness.measures()
+    for name in only or measures:
+        value = measures[name](out)
         scores = json.loads(path.read_text()) if path.exists() else {}
         scores[name] = value
         data.write_json(path, scores)
         print(name, json.dumps(value))
-    if set(scores) == set(MEASURES):
-        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW, edit=EDIT, references=REFERENCES)
+    if set(scores) == set(measures):
+        how = dict(prompts=PROMPTS, seeds=SEEDS, steps=STEPS, cfg=CFG, flow=FLOW, edit=EDIT)
+        how |= dict(references=likeness.REFERENCES)
         (out / "card.md").write_text(card(scores, last_rows(out / "training.csv"), **how))

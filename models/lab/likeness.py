@@ -32,11 +32,12 @@ def cases(count, first=8000, named=NAMED):
 
 
 @functools.cache
-def faces(count, first=8000):
-    """The same where the reference shows nothing but the face: the prompts tell all the factors of another portrait."""
+def faces(count, first=8000, kept=()):
+    """The same where the reference shows nothing but the face: the prompts tell all the factors of another portrait,
+    which are the reference's own where `kept`."""
     two = [pair(data.HELD_OUT + first + n) for n in range(count)]
     pictures = np.stack([draw(one) for one, _ in two])
-    wanted = [other for _, other in two]
+    wanted = [replace(other, **{name: getattr(one, name) for name in kept}) for one, other in two]
     return [one for one, _ in two], wanted, [caption(p) for p in wanted], torch.from_numpy(pictures).float() / 255
 
 
@@ -62,8 +63,22 @@ def drawn(reader, models, steer, case, named=NAMED, seeds=1, first=0, **options)
     """
     _, wanted, prompts, images = case
     steered = (steer(models[0], images), *models[1:])
-    rows = [judge(reader, evaluate.sample(steered, prompts, seed, **options), wanted, images, named)
-            for seed in range(first, first + seeds)]
+    return _mean([judge(reader, evaluate.sample(steered, prompts, seed, **options), wanted, images, named)
+                  for seed in range(first, first + seeds)])
+
+
+def drawn_alone(reader, models, steer, case, named=NAMED, seeds=1, first=0, **options):
+    """The same one by one, for nodes that take one person: steer(image) -> what `evaluate.sample_noise` takes."""
+    _, wanted, prompts, images = case
+    steers, rows = [steer(image[None]) for image in images], []
+    for seed in range(first, first + seeds):
+        each = zip(prompts, evaluate.noise_of(len(prompts), seed).split(1), steers, strict=True)
+        made = [evaluate.sample_noise(models, [text], noise, steer=by, **options) for text, noise, by in each]
+        rows.append(judge(reader, torch.cat(made), wanted, images, named))
+    return _mean(rows)
+
+
+def _mean(rows):
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
@@ -125,3 +140,57 @@ def by_face(strength, file="adapter_faceid.safetensors"):
     made, reader = adapter.load(str(load.WEIGHTS / file)), load_reader()
     chosen = (strength, "linear", "auto", "one each", "as trained", 1.0, 1.0, Schedule())
     return lambda model, images: faceid.apply(model, made, reader(images.movedim(-1, 1))[2], *chosen)
+
+
+POSED = ("position", "expression")  # what keypoints show, beside the face
+
+
+def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", net="controlnet.safetensors"):
+    """steer of `drawn_alone`: the lab's InstantID, which is told the identity of a picture and shown its keypoints.
+
+    control: strength of the ControlNet, where it is not the same.
+    """
+    from ...patches.identity import face, instantid
+    from ...patches.shared.schedule import Schedule
+    from ..identity import adapter
+    from .face import LabRecogniser
+
+    made, control_net, finder = adapter.load(str(load.WEIGHTS / file)), load.load_control(load.WEIGHTS / net)
+    finder, control = LabRecogniser(), strength if control is None else control
+
+    def steer(image):
+        who = face.faces_of(image, finder)[0]
+        given = made, control_net, who, face.drawn(who), strength, control, "linear", "auto", Schedule()
+        return lambda *models: instantid.apply(*models, *given)
+
+    return steer
+
+
+REFERENCES = 16  # unseen portraits that the adapters are shown, one noise
+AMOUNTS = {"off": 0.0, "half": 0.5, "full": 1.0}  # strengths
+
+
+def curve(by, case, named, which="unet", draw=drawn, **options):
+    """What is drawn without an adapter, with it, and what can be reached."""
+    reader, models = load_reader(), load.load_model(which)
+    found = {name: draw(reader, models, by(strength), case, named, **options) for name, strength in AMOUNTS.items()}
+    found["reachable"] = truth(reader, models[2], case, named)
+    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}
+
+
+def measures():
+    """{part of the card: its figures, measured}, of the adapters that there are; called with the folder of weights."""
+    n, every = REFERENCES, tuple(FACTORS)
+
+    def by_picture_dit(strength):
+        return by_picture(strength, "adapter_dit.safetensors")
+
+    found = {
+        "vision": ("vision", lambda out: probe(load.load_vision())),
+        "adapter": ("adapter", lambda out: curve(by_picture, cases(n), NAMED)),
+        "faceid": ("adapter_faceid", lambda out: curve(by_face, faces(n), every)),
+        "instantid": ("adapter_instantid",
+                      lambda out: curve(by_keypoints, faces(n, kept=POSED), every, draw=drawn_alone)),
+        "adapter-dit": ("adapter_dit", lambda out: curve(by_picture_dit, cases(n), NAMED, "dit", **evaluate.FLOW)),
+    }
+    return {name: go for name, (file, go) in found.items() if (load.WEIGHTS / f"{file}.safetensors").is_file()}

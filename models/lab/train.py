@@ -35,8 +35,9 @@ STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak",
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "adapter": 7, "faceid": 4,
            "instantid": 20, "adapter-dit": 15}
 OWN = {"instantid": "instantid", "adapter-dit": "flow"}  # adapters with a module of their own
-PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "dit", "dit-weak", "leak",
-         "dit-leak", "dit-heeds", "seconds", "dit-seconds", "megabytes")  # fmt: skip
+PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "instantid",
+         "adapter-dit", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds", "dit-seconds",
+         "megabytes")  # fmt: skip
 
 
 def arguments():
