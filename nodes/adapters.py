@@ -7,6 +7,7 @@ from pathlib import Path
 FOLDERS = (
     "ipadapter", "instantid", "pulid", "photomaker", "infinite_you", "ipadapter-flux", "xlabs/ipadapters",
 )
+EVA_CLIP = ("clip_vision", "text_encoders", "eva_clip")
 FACES = "insightface"
 SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 LAB = Path(__file__).parents[1] / "models" / "lab" / "weights"
@@ -22,19 +23,20 @@ def register():
 
 def found():
     """Names of all files, those of folders other than ipadapter marked so: "a.bin", "b.bin [pulid]", "c [lab]"."""
-    names = []
-    for folder in FOLDERS:
-        mark = "" if folder == FOLDERS[0] else f" [{folder}]"
-        names += sorted({name + mark for root in _roots(folder) for name in _below(root)})
-    return names + [path.name + LAB_MARK for path in sorted(LAB.glob(f"{PREFIX}*.safetensors"))]
+    return _names(FOLDERS) + [path.name + LAB_MARK for path in sorted(LAB.glob(f"{PREFIX}*.safetensors"))]
 
 
-def path_of(file):
-    """Where a file lies that `found` names; None where there is none."""
+def eva_clips():
+    """Names of files that may be EVA-CLIP: all of models/clip_vision, of the other folders those that say so."""
+    return [name for name in _names(EVA_CLIP) if not name.endswith("]") or "eva" in name.lower()]
+
+
+def path_of(file, folders=FOLDERS):
+    """Where a file lies that `found` names, or `eva_clips` for the folders EVA_CLIP; None where there is none."""
     if file.endswith(LAB_MARK):
         roots, name = [LAB], file.removesuffix(LAB_MARK)
     else:
-        folder = next((f for f in FOLDERS if file.endswith(f" [{f}]")), FOLDERS[0])
+        folder = next((f for f in folders if file.endswith(f" [{f}]")), folders[0])
         roots, name = _roots(folder), file.removesuffix(f" [{folder}]")
     for root in roots:
         root = Path(root).resolve()
@@ -67,6 +69,14 @@ def _roots(folder):
 
     known = folder_paths.get_folder_paths(folder) if folder in folder_paths.folder_names_and_paths else []
     return list(dict.fromkeys((*known, os.path.join(folder_paths.models_dir, *folder.split("/")))))
+
+
+def _names(folders):
+    names = []
+    for folder in folders:
+        mark = "" if folder == folders[0] else f" [{folder}]"
+        names += sorted({name + mark for root in _roots(folder) for name in _below(root)})
+    return names
 
 
 def _below(root):

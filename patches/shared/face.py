@@ -64,10 +64,12 @@ def similarity(points, target):
     return rows.reshape(-1, 2, 3).float()
 
 
-def align(images, keypoints, size):
-    """Faces [n, size, size, 3] cut out of images [n, h, w, 3] so that their five points lie on the `template`."""
+def align(images, keypoints, size, target=None):
+    """Faces [n, size, size, C] cut out of images [n, h, w, C] so that their five points lie on `target` [5, 2], None
+    for the `template`; 0 where the picture ends."""
     h, w = images.shape[1:3]
-    m = similarity(keypoints.to(images.device), template(size).to(images.device))
+    target = template(size) if target is None else target
+    m = similarity(keypoints.to(images.device), target.to(images.device))
     turn, shift = m[:, :, :2], m[:, :, 2]
     back = torch.linalg.inv(turn)
     y, x = torch.meshgrid(*(torch.arange(size, device=images.device, dtype=torch.float32),) * 2, indexing="ij")

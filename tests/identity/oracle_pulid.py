@@ -7,7 +7,7 @@ from identity.oracle import HIDDEN, TEXT, linears, norm, rand, resampler
 from torch.nn.functional import adaptive_avg_pool2d, gelu, layer_norm, leaky_relu, linear, normalize
 
 V1, V1_1, FLUX = "PuLID v1", "PuLID v1.1", "PuLID Flux"
-EVA, STATES, PATCHES, DIM = 24, 40, 6, 64  # widths of EVA-CLIP's embedding and states; of the IDFormer
+EVA, STATES, PATCHES, DIM = 24, 128, 9, 64  # widths of EVA-CLIP's embedding and states; of the IDFormer
 FLUX_TOKEN, CROSS = 72, 256  # width of Flux' identity tokens; inner width of its cross-attention: two heads
 WIDTH = 128  # of toy_dit's Flux
 FOLLOWED = [("double", 0), ("double", 2), ("single", 0)]  # of its 3 double and 4 single blocks

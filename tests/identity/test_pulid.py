@@ -6,16 +6,18 @@ import torch
 import toy
 import toy_dit
 from attention.by_hand import near, one_step, path
-from identity import oracle, oracle_pulid
+from identity import oracle, oracle_eva, oracle_pulid
 from identity.by_hand import ORDER
 from identity.oracle_pulid import FLUX, V1, V1_1, file, person, tokens
 from steer.models.identity import adapter as files
+from steer.models.identity import evaclip
 from steer.patches.attention import masactrl
 from steer.patches.guidance import apg, pag, slg
-from steer.patches.shared import pulid
-from steer.patches.shared.face import Face
+from steer.patches.identity import pulid
+from steer.patches.shared.face import Face, align
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.steering import SHARE
+from torch.nn.functional import interpolate
 
 ALWAYS = Schedule()
 KINDS = (V1, V1_1, FLUX)
@@ -27,9 +29,11 @@ def load(variant, seed=0, form="official"):
 
 
 def steered(model, adapter, who=None, strength=0.8, method="fidelity", zeros=-1, combine="one person",
-            unconditional="as trained", schedule=ALWAYS, mask=None):
+            unconditional="as trained", schedule=ALWAYS, **options):
     face, features = person() if who is None else who
-    return pulid.apply(model, adapter, face, features, strength, method, zeros, combine, unconditional, schedule, mask)
+    return pulid.apply(
+        model, adapter, face, features, strength, method, zeros, combine, unconditional, schedule, **options
+    )
 
 
 def by_hand(variant, model, sd, cond, uncond, method="fidelity", zeros=None, **options):
@@ -50,6 +54,15 @@ def draw(variant, made, **options):
 def models():
     unet = toy.model()
     return {V1: unet, V1_1: unet, FLUX: toy_dit.model("flux")}
+
+
+SHIFT = 30, 50
+
+
+def portrait():
+    """(picture [1, 600, 560, 3], its Face), which the aligned square cuts out pixel for pixel at SHIFT."""
+    picture = torch.rand(1, 600, 560, 3, generator=torch.Generator().manual_seed(3))
+    return picture, Face(person()[0], (torch.tensor(pulid.TEMPLATE) + torch.tensor(SHIFT))[None], picture)
 
 
 def both(variant, sd, who=None):
@@ -109,6 +122,48 @@ def test_rows_masks_and_several_pictures(models, variant):
         if variant == FLUX:
             options = {name: value for name, value in options.items() if name == "mask"}
         assert near(out, draw(variant, by_hand(variant, model, sd, *given, **options), **sampling)), ours
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_eva_clip_sees_the_face(models, variant):
+    """From the picture to what is drawn: aligned, grey, white around it, seen and projected."""
+    (sd, adapter), eva = load(variant), oracle_eva.file()
+    picture, face = portrait()
+    mask = torch.zeros(1, 600, 560)
+    mask[:, 200:480, 150:400] = 1.0
+    grey = torch.lerp(torch.ones(1), picture @ torch.tensor([0.299, 0.587, 0.114]), mask)
+    square = grey[:, SHIFT[1] : SHIFT[1] + 512, SHIFT[0] : SHIFT[0] + 512, None].expand(-1, -1, -1, 3)
+    assert torch.allclose(pulid.shown(face, face_mask=mask), square, atol=1e-3)
+    side = oracle_eva.SIDE * oracle_eva.PATCH
+    small = interpolate(square.movedim(-1, 1), (side, side), mode="bicubic", antialias=True).movedim(1, -1)
+    who = face.embedding, oracle_eva.seen(eva, small)
+    encoder = evaclip.from_state_dict(dict(eva), "eva.pt")
+    out = draw(variant, steered(models[variant], adapter, (face, encoder), face_mask=mask))
+    hand = by_hand(variant, models[variant], sd, *both(variant, sd, who))
+    assert near(out, draw(variant, hand), 1e-3)
+    assert not near(out, draw(variant, steered(models[variant], adapter, (face, encoder))), 1e-2)
+
+
+def test_what_eva_clip_is_shown():
+    """Grey where the face is, white where the mask ends or the picture; a crop as it is."""
+    picture, face = portrait()
+    seen = pulid.shown(face)
+    grey = align(picture, face.keypoints, 512, torch.tensor(pulid.TEMPLATE)) @ torch.tensor([0.299, 0.587, 0.114])
+    assert torch.allclose(seen[..., 1], grey, atol=1e-5) and seen.shape == (1, 512, 512, 3)
+    beyond = pulid.shown(Face(face.embedding, face.keypoints + torch.tensor([300.0, 0]), picture))
+    assert bool((beyond[:, :, 232:] == 1).all()) and bool((beyond[:, :, :228] < 1).any())
+    crop = picture[:, :40, :50]
+    assert torch.allclose(pulid.shown(face, crop)[..., 0], crop @ torch.tensor([0.299, 0.587, 0.114]))
+    half = torch.ones(1, 40, 50)
+    half[:, :, 20:] = 0
+    assert bool((pulid.shown(face, crop, half)[:, :, 20:] == 1).all())
+    for args, words in (
+        ((Face(face.embedding), ), "the face comes without its picture; wire crop"),
+        ((face, None, half), r"face_mask is \(1, 40, 50\), and the picture of the face \(1, 600, 560\)"),
+        ((face, crop, torch.ones(2, 40, 50)), r"face_mask is \(2, 40, 50\), and crop \(1, 40, 50\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pulid.shown(*args)
 
 
 @pytest.mark.parametrize("variant", KINDS)
@@ -203,7 +258,7 @@ def test_bad_input_raises_before_sampling(models):
         (toy.flux(), flux, {}, r"follows 3 blocks of width 128, and of this model \(Flux\) it would be 2"),
         (models[FLUX], v1, {}, "acts on the cross-attention of a UNet"),
         (models[V1], other, {}, "plus.bin is IP-Adapter plus; use SteerIPAdapter for it"),
-        (models[V1], v1, dict(who=(face, None)), "features are not what EVA-CLIP gives: a pair of"),
+        (models[V1], v1, dict(who=(face, None)), "eva_clip is NoneType; wire SteerLoadEVACLIP, or a pair of"),
         (models[V1], v1, dict(who=(face, (seen, states[:4]))), "takes a face embedding of width 512 and EVA-CLIP's"),
         (models[V1], v1, dict(who=(face.repeat(2, 1), (seen, states))), "2 faces and EVA-CLIP's features of 1"),
         (models[V1], v1, dict(zeros=-2), "zeros -2 must be"),

@@ -1,28 +1,31 @@
-"""PuLID (Guo et al. 2024, arXiv 2404.16022): a person's identity beside the text, on SDXL and on Flux.
-
-It has no node yet, since nothing here makes the features of EVA-CLIP that it takes.
-"""
+"""PuLID (Guo et al. 2024, arXiv 2404.16022): a person's identity beside the text, on SDXL and on Flux."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import normalize
 
-from .architectures import flux
-from .attention import plain
-from .conditioning import digest
-from .face import face_of
-from .jointreference import beside
-from .layers import Layer
-from .reference import Reference, check_node
-from .reference import places as places_of
-from .steering import Weak, blame, number, steer
+from ..shared.architectures import flux
+from ..shared.attention import plain
+from ..shared.conditioning import digest
+from ..shared.face import align, face_of
+from ..shared.jointreference import beside
+from ..shared.layers import Layer
+from ..shared.reference import Reference, check_node
+from ..shared.reference import places as places_of
+from ..shared.steering import Weak, blame, number, steer
 
 DEPTHS, DOUBLE, SINGLE = 5, 2, 4  # hidden states taken; a Flux block in so many is followed
 OWN = 5  # first tokens: who it is
 # tokens of zeros beside those of the person, as in the official demos
 METHODS = {"fidelity": {"PuLID v1": 8, "PuLID v1.1": 20}, "style": {"PuLID v1": 16, "PuLID v1.1": 20}, "neutral": {}}
 COMBINE = ("one person", "mix")
+# eyes, nose and corners of the mouth (x, y) of the aligned face of SIDE x SIDE that PuLID was trained with (facexlib)
+TEMPLATE, SIDE = (
+    ((192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+     (313.08905, 371.15118)), 512,
+)
+GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,44 @@ def followed(model, adapter):
     return found
 
 
-def seen_of(adapter, face, features):
-    """(who [n, 512 + E], states [n, 5, P, C]) of a face and of EVA-CLIP's (embedding [n, E], five hidden states [n, P,
-    C]), as its encoder gives them for return_hidden=True."""
+def shown(face, crop=None, face_mask=None):
+    """What EVA-CLIP is shown of a `Face`: aligned, grey, white around it; [n, h, w, 3] in 0..1.
+
+    crop: aligned faces [n, h, w, 3], in place of those cut out of the face's picture.
+    face_mask: [1 or n, h, w] on that picture (on the crop, where there is one): 1 where the face is; None for all of
+        the aligned square.
+    """
+    picture = face.image if crop is None else crop
+    if picture is None:
+        raise ValueError("the face comes without its picture; wire crop, the aligned face.")
+    grey = picture[..., :3].float().cpu() @ torch.tensor(GREY)
+    ink = grey - 1
+    if face_mask is not None:
+        if face_mask.shape[1:] != grey.shape[1:] or len(face_mask) not in (1, len(grey)):
+            its = "the picture of the face" if crop is None else "crop"
+            raise ValueError(
+                f"face_mask is {tuple(face_mask.shape)}, and {its} {tuple(grey.shape)}; make it of the same picture."
+            )
+        ink = ink * face_mask.float().cpu()
+    ink = ink[..., None]
+    if crop is None:
+        ink = align(ink, face.keypoints, SIDE, torch.tensor(TEMPLATE))
+    return (1 + ink).expand(-1, -1, -1, 3)
+
+
+def seen_of(adapter, face, eva_clip, crop=None, face_mask=None):
+    """(who [n, 512 + E], states [n, 5, P, C]) of a `Face`. eva_clip: an `EVAClip`, or what one saw of it: (embedding
+    [n, E], five hidden states [n, P, C]). crop, face_mask: as in `shown`."""
     embedding = face.embedding.float().cpu()
+    features = eva_clip.see(shown(face, crop, face_mask)) if hasattr(eva_clip, "see") else eva_clip
     try:
         seen, states = features
         states = torch.stack(tuple(states), 1).float().cpu()
         seen = seen.float().cpu()
     except (TypeError, ValueError, RuntimeError, AttributeError):
         raise ValueError(
-            "features are not what EVA-CLIP gives: a pair of its embedding [n, 768] and a list of five hidden states "
-            "[n, 577, 1024], of its blocks 4, 8, 12, 16 and 20."
+            f"eva_clip is {type(eva_clip).__name__}; wire SteerLoadEVACLIP, or a pair of what it saw: its embedding "
+            "[n, 768] and five hidden states [n, 577, 1024], before its blocks 4, 8, 12, 16 and 20."
         ) from None
     want = (adapter.face, adapter.eva, DEPTHS, adapter.image)
     have = (embedding.shape[-1], seen.shape[-1], states.shape[1], states.shape[-1])
@@ -133,10 +162,14 @@ def zeros_of(adapter, method, zeros):
     return METHODS[method].get(adapter.variant, 0) if zeros < 0 else zeros
 
 
-def apply(model, adapter, face, features, strength, method, zeros, combine, unconditional, schedule, mask=None):
-    """A clone of `model` with a person's identity: a `Face`, or an embedding [n, 512], and EVA-CLIP's features of it.
+def apply(
+    model, adapter, face, eva_clip, strength, method, zeros, combine, unconditional, schedule, crop=None,
+    face_mask=None, mask=None,
+):
+    """A clone of `model` with a person's identity: a `Face`, or an embedding [n, 512].
 
-    method, zeros: of SDXL.  unconditional: "as trained" shows the negative nobody, "none" leaves it alone.
+    eva_clip, crop, face_mask: as in `seen_of`.  method, zeros: of SDXL.
+    unconditional: "as trained" shows the negative nobody, "none" leaves it alone.
     """
     with blame(PuLID):
         check_node(adapter, PuLID.node)
@@ -149,7 +182,7 @@ def apply(model, adapter, face, features, strength, method, zeros, combine, unco
             term = PuLID(schedule, adapter, strength, weights, mask=mask, method=method)
         if term.off:
             return steer(model, term)
-        who, states = seen_of(adapter, face_of(face), features)
+        who, states = seen_of(adapter, face_of(face), eva_clip, crop, face_mask)
         tokens, blank = tokens_of(adapter, who, states, combine), None
         if unconditional != "none":
             n = len(who) if adapter.apart else 1
