@@ -35,13 +35,26 @@ def card(scores, log, **fixed):
         f"| {title} | {amount} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in TOLD) + " |"
         for which, title in ADAPTERS.items() if which in scores for amount, row in scores[which].items()
     )
+    two = "\n".join(
+        f"| {setting} | " + " | ".join(f"{row[key]:.3f}" for key in TWO) + " |"
+        for setting, row in scores.get("fastcomposer", {}).items()
+    )
+    two = f"\n{PERSONS}{two}\n" if two else ""
     r2 = {name: ", ".join(f"{v:.2f}" for v in x["geometry_r2"]) for name, x in seen.items()}
     auc = {name: x["identity_auc"] for name, x in seen.items()}
-    return CARD.format(rows=rows, amounts=amounts, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
+    return CARD.format(rows=rows, amounts=amounts, two=two, stages=stages, auc=auc, r2=r2, mean=mean, **fixed, **scores)
 
 
 TOLD = "obeyed", "taken", "identity", "strangers"
 ADAPTERS = {"adapter": "plus", "faceid": "FaceID", "instantid": "InstantID", "adapter-dit": "InstantX, DiT"}
+TWO = "obeyed", "taken", "mixed", "nearer", "identity", "other's"
+PERSONS = """FastComposer: as many scenes of two held-out persons, two factors of each said, the halves read one by one;
+taken: the others as in a person's own reference, mixed: as in the other's, where they differ; nearer: persons whose
+face is more alike to their own; merge: share of the steps without pictures; off: Lab-UNet as it is.
+
+| setting | obeyed | taken | mixed | nearer | identity | other's |
+|---|---|---|---|---|---|---|
+"""
 CARD = """# The lab models
 
 Tiny models that ship with Steer, trained from nothing on portraits drawn by `models/lab/portrait.py`. They make every
@@ -130,7 +143,7 @@ reference's, strangers: with other references'.
 | adapter | strength | obeyed | taken | identity | strangers |
 |---|---|---|---|---|---|
 {amounts}
-
+{two}
 Leak: an unrelated picture hides under the full starting noise; where it and the prompt differ, the share of samples
 that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
 of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the

@@ -180,6 +180,8 @@ def curve(by, case, named, which="unet", draw=drawn, **options):
 
 def measures():
     """{part of the card: its figures, measured}, of the adapters that there are; called with the folder of weights."""
+    from . import persons
+
     n, every = REFERENCES, tuple(FACTORS)
 
     def by_picture_dit(strength):
@@ -192,5 +194,6 @@ def measures():
         "instantid": ("adapter_instantid",
                       lambda out: curve(by_keypoints, faces(n, kept=POSED), every, draw=drawn_alone)),
         "adapter-dit": ("adapter_dit", lambda out: curve(by_picture_dit, cases(n), NAMED, "dit", **evaluate.FLOW)),
+        "fastcomposer": ("adapter_fastcomposer", lambda out: persons.curve(n)),
     }
     return {name: go for name, (file, go) in found.items() if (load.WEIGHTS / f"{file}.safetensors").is_file()}

@@ -8,8 +8,13 @@ References are portraits that nothing was trained on; euler, cfg 5, each item of
     identity   cosine of the reader's face embeddings of the picture and of its reference
     strangers  the same with the references of other pictures: what chance gives
 Table 1: an IP-Adapter (plus layout); the prompt names expression, hat, shirt and background. Table 2: a FaceID
-adapter; the reference shares nothing with the prompt but the face, and the prompt names all factors. In both the last
-row is the wanted portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
+adapter; the reference shares nothing with the prompt but the face, and the prompt names all factors. Table 3: InstantID
+with its ControlNet, for the same, except that the reference has position and expression too, which its keypoints show.
+Table 4: an IP-Adapter (InstantX layout) of the Lab-DiT, for prompts as of table 1, at cfg 4. Table 5: FastComposer, two
+persons in one picture, of whom the prompt names two factors each; the halves are read one by one, taken is as in a
+person's own reference, mixed as in the other's, where they differ, nearer the share of persons whose face is more alike
+to their own. The last row is the wanted portrait itself, drawn and sent through the VAE. Writes
+tests/bench/lab_identity.md.
 """
 
 import sys
@@ -41,20 +46,49 @@ def faces(portraits, seeds, steps):
     yield from rows(likeness.by_face, likeness.faces(portraits), tuple(FACTORS), seeds, steps)
 
 
-def rows(steer, case, named, seeds, steps):
+def keypoints(portraits, seeds, steps):
+    from steer.models.lab import likeness
+    from steer.models.lab.portrait import FACTORS
+
+    case, draw = likeness.faces(portraits, kept=likeness.POSED), likeness.drawn_alone
+    given = {f"strength {s:g}": (s, s) for s in STRENGTHS}
+    given |= {"words alone, 1": (1.0, 0.0), "ControlNet alone, 1": (0.0, 1.0)}
+    yield from rows(lambda two: likeness.by_keypoints(*two), case, tuple(FACTORS), seeds, steps, given, draw=draw)
+
+
+def flow(portraits, seeds, steps):
+    from steer.models.lab import evaluate, likeness
+
+    def by(strength):
+        return likeness.by_picture(strength, "adapter_dit.safetensors")
+
+    yield from rows(by, likeness.cases(portraits), likeness.NAMED, seeds, steps, which="dit", **evaluate.FLOW)
+
+
+def two(portraits, seeds, steps):
+    from steer.models.lab import persons
+
+    yield from persons.curve(portraits, seeds=seeds, steps=steps).items()
+
+
+def rows(steer, case, named, seeds, steps, strengths=None, which="unet", draw=None, **options):
+    """strengths: {setting: what `steer` takes}."""
     from steer.models.lab import likeness
     from steer.models.lab.load import load_model
     from steer.models.lab.reader import load_reader
 
-    models, reader = load_model("unet"), load_reader()
-    for strength in STRENGTHS:
-        yield f"strength {strength:g}", likeness.drawn(reader, models, steer(strength), case, named, seeds, steps=steps)
+    models, reader, draw = load_model(which), load_reader(), draw or likeness.drawn
+    for setting, strength in (strengths or {f"strength {s:g}": s for s in STRENGTHS}).items():
+        yield setting, draw(reader, models, steer(strength), case, named, seeds, steps=steps, **options)
     yield "the wanted portrait", likeness.truth(reader, models[2], case, named)
 
 
 TABLES = [
     ("IP-Adapter, Lab-UNet", ("obeyed", "taken", "identity", "strangers"), pictures),
     ("FaceID, Lab-UNet", ("obeyed", "identity", "strangers"), faces),
+    ("InstantID, Lab-UNet", ("obeyed", "identity", "strangers"), keypoints),
+    ("IP-Adapter, Lab-DiT", ("obeyed", "taken", "identity", "strangers"), flow),
+    ("FastComposer, Lab-UNet", ("obeyed", "taken", "mixed", "nearer", "identity", "other's"), two),
 ]
 
 
