@@ -129,3 +129,40 @@ def where(of, more=""):
     return io.Mask.Input(
         "mask", optional=True, tooltip=f"Where in the new picture {of} counts: 1 is all of it, 0 not at all.{more}"
     )
+
+
+def weights():
+    return io.String.Input(
+        "weights",
+        tooltip='Words of the new prompt and how much they count: "glasses: 1.5, hat: -0.5". Above 1 more, below 1 '
+        "less, below 0 the opposite, while cross_replace lasts. Empty leaves all as they are.",
+    )
+
+
+def source_weights():
+    return io.String.Input(
+        "source_weights",
+        tooltip="As weights, for words of the source prompt: how much of the attention to them is handed on.",
+        advanced=True,
+    )
+
+
+def blend():
+    """blend_words and blend_threshold."""
+    return [
+        io.String.Input(
+            "blend_words",
+            tooltip="Words of either prompt, with commas, around which alone the picture may change: where neither "
+            "picture attends to them it stays the source. Empty lets all of it change.",
+        ),
+        io.Float.Input(
+            "blend_threshold",
+            default=0.3,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="With blend_words: how much attention counts, as a share of the most. Higher leaves a smaller "
+            "region to change.",
+            advanced=True,
+        ),
+    ]

@@ -36,11 +36,7 @@ class PromptToPrompt(io.ComfyNode):
                     "word, as many in both; the new word goes where the old one was. reorder: equal words wherever "
                     "they stand, and those in word_map.",
                 ),
-                io.String.Input(
-                    "weights",
-                    tooltip='Words of the new prompt and how much they count: "glasses: 1.5, hat: -0.5". Above 1 more, '
-                    "below 1 less, below 0 the opposite. Empty leaves all as they are.",
-                ),
+                inputs.weights(),
                 io.Float.Input(
                     "cross_replace",
                     default=0.8,
@@ -59,33 +55,14 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Share of the steps in which attention within the picture is the source's. Higher keeps "
                     "more of the shapes; lower lets new things take other ones. 0 is off.",
                 ),
-                io.String.Input(
-                    "blend_words",
-                    tooltip="Words of either prompt, with commas, around which alone the picture may change: where "
-                    "neither picture attends to them it stays the source. Empty lets all of it change.",
-                ),
-                io.Float.Input(
-                    "blend_threshold",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="With blend_words: how much attention counts, as a share of the most. Higher leaves a "
-                    "smaller region to change.",
-                    advanced=True,
-                ),
+                *inputs.blend(),
                 io.String.Input(
                     "word_map",
                     tooltip='For reorder: "source word: new word, ..." whose attention goes where; "#3: #5" by number. '
                     "Words that it does not name go to their equals.",
                     advanced=True,
                 ),
-                io.String.Input(
-                    "source_weights",
-                    tooltip="As weights, for words of the source prompt: how much of the attention to them is handed "
-                    "on.",
-                    advanced=True,
-                ),
+                inputs.source_weights(),
                 io.Float.Input(
                     "alpha",
                     default=0.0,

@@ -14,10 +14,11 @@ class UnifiedAttention(io.ComfyNode):
             category="steer/attention",
             description="Edits without inversion that keep the layout: while FlowEdit (or DDCM) edits, attention to "
             "words that both prompts have is the source picture's, and self-attention first takes its layout, then its "
-            "textures. Wire the model and both prompts that come out to SteerFlowEdit, whose noise it uses.",
+            "textures. Words can be weighed, and the edit held to where they are. Wire the model and both prompts that "
+            "come out to SteerFlowEdit, whose noise it uses.",
             search_aliases=[
                 "InfEdit", "UAC", "attention modulation", "attention merging", "cross-attention control",
-                "inversion-free editing",
+                "inversion-free editing", "attention reweighting", "local blend",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that edits: a UNet or a DiT."),
@@ -35,6 +36,7 @@ class UnifiedAttention(io.ComfyNode):
                     "word, as many in both; the new word goes where the old one was. reorder: equal words wherever "
                     "they stand.",
                 ),
+                inputs.weights(),
                 io.Float.Input(
                     "cross_replace",
                     default=0.7,
@@ -72,6 +74,8 @@ class UnifiedAttention(io.ComfyNode):
                     tooltip="Share of the edit's own attention in the second part. Higher keeps less of the source's "
                     "textures; 1 leaves that part out.",
                 ),
+                *inputs.blend(),
+                inputs.source_weights(),
                 inputs.layers("act in", "all"),
                 *inputs.window(),
             ],
@@ -87,12 +91,15 @@ class UnifiedAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, source_prompt, prompt, operation, cross_replace, self_replace, eta, gamma, layers,
-        start_percent, end_percent,
+        cls, model, clip, source_prompt, prompt, operation, weights, cross_replace, self_replace, eta, gamma,
+        blend_words, blend_threshold, source_weights, layers, start_percent, end_percent,
     ) -> io.NodeOutput:
         schedule = inputs.schedule(start_percent, end_percent)
         source, positive, alignment = texts = unifiedattention.prompts(clip, source_prompt, prompt, operation)
-        made = unifiedattention.apply(model, self_replace, eta, gamma, layers, schedule, cross_replace, texts)
+        made = unifiedattention.apply(
+            model, self_replace, eta, gamma, layers, schedule, cross_replace, texts, weights, source_weights,
+            blend_words, blend_threshold,
+        )
         return io.NodeOutput(made, source, positive, str(alignment))
 
 

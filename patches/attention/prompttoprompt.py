@@ -32,12 +32,15 @@ class Edit(Term):
     source: Source = None
     layers: str = "auto"
     words: str = ""  # tells edits apart
+    positive: list = field(default=None, compare=False, repr=False)  # CONDITIONING whose columns it knows, if any
     node = "SteerPromptToPrompt"
     edits = True
     exclusive = True
 
     def prepare(self, run):
         covers(self.source, run)
+        if self.positive is not None:
+            same_text(run, "positive", self.positive)
 
     def branches(self, model):
         return (self.source,)
@@ -79,7 +82,6 @@ class CrossReplace(Edit):
     alpha: torch.Tensor = field(default=None, compare=False, repr=False)
     c: torch.Tensor = field(default=None, compare=False, repr=False)
     c_s: torch.Tensor = field(default=None, compare=False, repr=False)
-    positive: list = field(default=None, compare=False, repr=False)  # CONDITIONING whose columns M knows
     own: float = 0.0
 
     def check(self):
@@ -88,10 +90,6 @@ class CrossReplace(Edit):
     @property
     def off(self):
         return super().off or self.own == 1.0
-
-    def prepare(self, run):
-        super().prepare(run)
-        same_text(run, "positive", self.positive)
 
     def attention(self, model):
         return self.on(model, "cross", self.edit, ("map",))
@@ -175,25 +173,32 @@ class LocalBlend(Edit):
         either = masks[0] | masks[1]
         return (either if len(run.shape) == 4 else either[:, :, None]).float()
 
+    def put(self, run, z, its):
+        """z [B, C, (T,) H, W], outside the mask of by now `its`."""
+        if self not in run.state:  # nothing was seen yet
+            return z
+        m = self.mask(run).to(z)
+        return m * z + (1 - m) * its.to(z)
+
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
         run = extra_args["model_options"]["transformer_options"][RUN]
-        window = self.window.resolve(run.sampling)
-        trajectory = self.source.trajectory
-        z_0 = trajectory.source.to(noise)
+        window, path = self.window.resolve(run.sampling), self.source.trajectory
+        z_0 = latent_image if path is None else path.source
 
         def predict(x, sigma, **options):
             level = float(sigma.max())
-            blends = window.weight(level)
-            if blends and self in run.state:
-                m = self.mask(run).to(x)
-                x = m * x + (1 - m) * trajectory.at(level).to(x)
-            D = guider(x, sigma, **options)
-            if not blends:
-                return D
-            m = self.mask(run).to(D)
-            return m * D + (1 - m) * z_0
+            if not window.weight(level):
+                return guider(x, sigma, **options)
+            its = run.beside.z if path is None else path.at(level)
+            return self.put(run, guider(self.put(run, x, its), sigma, **options), z_0)
 
-        return executor(Guider(guider, predict), sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+        def predict_source(x, sigma, **options):
+            """Of the sampler that takes it from the above: outside the mask both are the picture."""
+            D = guider.predict_source(x, sigma, **options)
+            return self.put(run, D, z_0) if window.weight(float(sigma.max())) else D
+
+        guider_of_ours = Guider(guider, predict, {} if path else {"predict_source": predict_source})
+        return executor(guider_of_ours, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
 
 def blended(alignment, words):
@@ -213,29 +218,47 @@ def stacked(items):
     return [torch.stack(each) for each in zip(*items, strict=True)]
 
 
+def weighed(alignments, weights, source_weights, acts):
+    """M, alpha, c, c_s of `CrossReplace`; ValueError for weights where it never acts."""
+    if not acts and (listed(weights) or listed(source_weights)):
+        raise ValueError(
+            "weights count while attention to words is the source's; raise cross_replace above 0 (and take alpha below "
+            "1), or leave the weights empty."
+        )
+    return stacked((a.M, a.alpha, a.target.weights(weights), a.source.weights(source_weights)) for a in alignments)
+
+
+def blending(model, kind, branch, layers, alignments, words, threshold, start=0.2, **texts):
+    """A clone of `model` with a `LocalBlend`, or another of its kind, around `words`; `model` where there are none."""
+    from comfy.patcher_extension import WrappersMP
+
+    if not listed(words):
+        return model
+    with blame(kind):
+        columns = stacked(blended(a, words) for a in alignments)
+    seen = dict(zip(("columns", "source_columns"), columns, strict=True))
+    window, tells = Schedule(start, 1.0), digest(columns)
+    blend = kind(Schedule(), branch, layers, tells, threshold=threshold, window=window, **seen, **texts)
+    model = steer(model, blend)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, blend.sampler_sample)
+    return model
+
+
 def edit(model, trajectory, source, positive, alignments, weights="", source_weights="", cross_replace=0.8,
          self_replace=0.4, blend_words="", blend_threshold=0.3, blend_start=0.2, layers="auto", alpha=0.0):
     """A clone of `model` that edits from the CONDITIONING `source` to `positive`. alignments: of all pictures of the
     batch, or one for each.  alpha: share of attention to words that stays the picture's own."""
-    from comfy.patcher_extension import WrappersMP
-
     with blame(Edit):
         for name, value in (("cross_replace", cross_replace), ("self_replace", self_replace)):
             number(name, value, 0.0, 1.0)
         branch = source_from(model, trajectory, source)
-        tensors = stacked(
-            (a.M, a.alpha, a.target.weights(weights), a.source.weights(source_weights)) for a in alignments
-        )
-        columns = stacked(blended(a, blend_words) for a in alignments)
+        tensors = weighed(alignments, weights, source_weights, cross_replace > 0.0 and alpha != 1.0)
     model = steer(model, SelfReplace(Schedule(0.0, self_replace), branch, layers))
     cross = Schedule(0.0, cross_replace)
-    model = steer(model, CrossReplace(cross, branch, layers, digest(tensors), *tensors, positive, alpha))
-    if listed(blend_words):
-        window = Schedule(blend_start, 1.0)
-        blend = LocalBlend(Schedule(), branch, layers, digest(columns), blend_threshold, window, *columns)
-        model = steer(model, blend)
-        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, blend.sampler_sample)
-    return model
+    model = steer(model, CrossReplace(cross, branch, layers, digest(tensors), positive, *tensors, alpha))
+    return blending(
+        model, LocalBlend, branch, layers, alignments, blend_words, blend_threshold, blend_start, positive=positive
+    )
 
 
 def apply(model, clip, trajectory, source_prompt, prompt, operation="refine", word_map="", **options):

@@ -14,7 +14,7 @@ from ..shared.conditioning import digest
 from ..shared.schedule import Schedule
 from ..shared.steering import Source, Term, blame, number, steer
 from ..shared.words import encode
-from .prompttoprompt import CrossReplace, same_text, stacked
+from .prompttoprompt import CrossReplace, LocalBlend, blending, same_text, weighed
 
 ALL = dict.fromkeys((a.name for a in (unet, flux, sd3, lumina, qwen, wan, hunyuan)), "0%-100%")
 
@@ -87,16 +87,29 @@ class Merging(Control):
 
 
 @dataclass(frozen=True)
-class CrossControl(CrossReplace):
-    """The map from places to words as Prompt-to-Prompt edits it, from the source that the sampler shows."""
+class Shown:
+    """Knows the words of both prompts, and the source from the run's sampler."""
 
     before: list = field(default=None, compare=False, repr=False)  # CONDITIONING of the source
-    node = Control.node
 
     def prepare(self, run):
         live(run)
         same_text(run, "source", self.before)
         same_text(run, "positive", self.positive)
+
+
+@dataclass(frozen=True)
+class CrossControl(Shown, CrossReplace):
+    """The map from places to words as Prompt-to-Prompt edits it, from the source that the sampler shows."""
+
+    node = Control.node
+
+
+@dataclass(frozen=True)
+class Blend(Shown, LocalBlend):
+    """Where nobody attends to the words the estimate of the sampler is the picture: there it ends as it was."""
+
+    node = Control.node
 
 
 def prompts(clip, source_prompt, prompt, operation="refine"):
@@ -106,8 +119,9 @@ def prompts(clip, source_prompt, prompt, operation="refine"):
         return source, positive, align(before, after, operation)
 
 
-def apply(model, self_replace, eta, gamma, layers, schedule, cross_replace=0.0, texts=None):
-    """texts: of `prompts`, for cross_replace above 0; of a batch one alignment for all of its pictures, or for each."""
+def apply(model, self_replace, eta, gamma, layers, schedule, cross_replace=0.0, texts=None, weights="",
+          source_weights="", blend_words="", blend_threshold=0.3):
+    """texts: of `prompts`, for what is said of words; of a batch one alignment for all of its pictures, or for each."""
     with blame(Control):
         number("self_replace", self_replace, 0.0, 1.0)
         number("cross_replace", cross_replace, 0.0, 1.0)
@@ -118,6 +132,9 @@ def apply(model, self_replace, eta, gamma, layers, schedule, cross_replace=0.0, 
     if texts is None:
         return model
     source, positive, *alignments = texts
-    tensors = stacked((a.M, a.alpha, a.target.weights(""), a.source.weights("")) for a in alignments)
-    words = Schedule(start, last), LIVE, layers, digest(tensors)
-    return steer(model, CrossControl(*words, *tensors, positive, before=source))
+    with blame(Control):
+        tensors = weighed(alignments, weights, source_weights, cross_replace > 0.0)
+    words = Schedule(start, last), LIVE, layers, digest(tensors), positive
+    model = steer(model, CrossControl(*words, *tensors, before=source))
+    both = dict(positive=positive, before=source)
+    return blending(model, Blend, LIVE, layers, alignments, blend_words, blend_threshold, **both)

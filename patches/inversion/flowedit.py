@@ -2,15 +2,18 @@
 al. 2023, arXiv 2312.04965): edits without inversion, of which one takes Euler steps and the other jumps."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ..shared.beside import Live
 from ..shared.euler import signal
 from ..shared.mask import fit
 from ..shared.picture import check_latent, check_sigmas
 from ..shared.steering import RUN, blame, number
 
 METHODS = ("FlowEdit", "DDCM")
+ASK = "sampler_calc_cond_batch_function"  # by which other nodes ask the network in the host's place
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class FlowEdit:
                 for _ in range(self.n_avg):
                     z_src = a * x0 + s * draw(s, s_next)
                     if run is not None:
-                        run.beside = z_src
+                        run.beside = Live(z_src)
                     # the target first: Steer's terms act on it
                     D_tar = model_wrap(z_src + (z - x0), s * ones, **extra_args)
                     T += (D_tar - model_wrap.predict_source(z_src, s * ones, **extra_args)) / self.n_avg
@@ -83,6 +86,18 @@ class FlowEdit:
         return z
 
 
+def known(said, args):
+    """The host's calc_cond_batch of [source, negative or None], for whose D there is what the network `said` of the
+    source beside the edit."""
+    from comfy.samplers import calc_cond_batch
+
+    conds, x = args["conds"], args["input"]
+    asked = [role for role, cond in zip(("positive", "negative"), conds, strict=True) if cond is not None]
+    if not said.keys() >= set(asked):
+        return calc_cond_batch(args["model"], conds, x, args["sigma"], args["model_options"])
+    return [said[role] if role in asked else torch.zeros_like(x) for role in ("positive", "negative")]
+
+
 def guider(model, source, positive, negative, source_cfg, target_cfg, mask=None):
     """The GUIDER of the edit: CFG towards `positive`, which Steer's terms may change, and plain CFG towards `source`.
 
@@ -93,6 +108,9 @@ def guider(model, source, positive, negative, source_cfg, target_cfg, mask=None)
     class Pair(comfy.samplers.CFGGuider):
         def predict_source(self, x, timestep, model_options, seed=None):
             conds = self.conds["negative"], self.conds["source"]
+            run = model_options["transformer_options"].get(RUN)
+            if run is not None and run.beside.said:
+                model_options = {ASK: partial(known, run.beside.said), **model_options}
             return comfy.samplers.sampling_function(
                 self.inner_model, x, timestep, *conds, self.source_cfg, model_options=model_options, seed=seed
             )

@@ -11,6 +11,7 @@ stands), the sources go first, each in a forward of its own within the same eval
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +21,18 @@ from .steering import IDLE, Source, with_roles
 
 BESIDE = "steer.beside"  # in transformer_options of a forward that holds rows of these sources
 OWN = ("model_conds", "uuid", "cross_attn", "pooled_output")  # of a cond: what may differ between items
+
+
+@dataclass(eq=False)
+class Live:
+    """What the run's sampler shows the network of a source at one evaluation, as `Run.beside`.
+
+    z: [B, C, ...].  said: D of z, "positive" under the source's text, "negative" under the run's negative, where the
+    network was asked.
+    """
+
+    z: torch.Tensor
+    said: dict = field(default_factory=dict)
 
 
 def source_of(conditioning, trajectory):
@@ -48,16 +61,24 @@ def run_beside(executor, sources, call, model, conds, roles, x, timestep, option
     for role, cond, D in zip(roles, conds, out, strict=True):
         if cond is not None and role in ("positive", "negative"):
             for source, its in zip(sources, D.split(n), strict=False):
-                call.predictions[source.role(role)] = its
+                _keep(source, call, role, its)
     return [D[-n:] for D in out]
 
 
 def predict_apart(source, call, predict, negative):
     """The source's predictions from a forward of its own. negative: the run's; None where it has none now."""
     conds = [_conds(source, call), *([] if negative is None else [negative])]
-    roles = [source, source.negative][: len(conds)]
-    out = predict(conds, roles, _latents(source, call, call.x))
-    call.predictions.update(zip(roles, out, strict=True))
+    roles = ("positive", "negative")[: len(conds)]
+    out = predict(conds, [source.role(role) for role in roles], _latents(source, call, call.x))
+    for role, D in zip(roles, out, strict=True):
+        _keep(source, call, role, D)
+
+
+def _keep(source, call, role, D):
+    """What the network said of the source beside the target's `role`."""
+    call.predictions[source.role(role)] = D
+    if source.trajectory is None:
+        call.run.beside.said[role] = D
 
 
 def edit_features(node, edit, call, layer, source, h, rows):
@@ -86,7 +107,7 @@ def _latents(source, call, x):
     """Of the source at this evaluation, as many as the target's x has: one source may be beside all items."""
     from comfy.utils import repeat_to_batch_size
 
-    z = call.run.beside if source.trajectory is None else source.trajectory.at(call.level)
+    z = call.run.beside.z if source.trajectory is None else source.trajectory.at(call.level)
     return repeat_to_batch_size(z.to(x), x.shape[0])
 
 

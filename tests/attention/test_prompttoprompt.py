@@ -300,14 +300,18 @@ def test_bad_input_raises_before_sampling(name):
         (dict(blend_words="dog"), '"dog" is not in the prompt "a happy old'),
         (dict(word_map="a: b"), "word_map is for"), (dict(cross_replace=1.5), "cross_replace 1.5 must be"),
         (dict(alpha=-0.1), "alpha -0.1 must be"),
+        (dict(weights="hat: 2", cross_replace=0.0), "weights count while .* raise cross_replace above 0"),
+        (dict(source_weights="hat: 2", alpha=1.0), "weights count while .* take alpha below 1"),
         (dict(blend_words="hat", blend_threshold=-1.0), "blend_threshold -1.0"), (dict(layers="x"), 'no layer "x"'),
     ):
         with pytest.raises(ValueError, match=f"SteerPromptToPrompt: .*{words}"):
             steered(model, trajectory, **options)
     ours, positive = steered(model, trajectory)
     again, _ = steered(ours, trajectory)
+    blending, _ = steered(model, trajectory, cross_replace=0.0, blend_words="hat")
     for made, start, texts, words in (
         (ours, toy.noise(), conditioning(SOURCE), "the guider's positive is not the edited prompt"),
+        (blending, toy.noise(), conditioning(SOURCE), "the guider's positive is not the edited prompt"),
         (ours, toy.noise(height=24), positive, "of a size other than the latent's"),
         (again, toy.noise(), positive, "the model carries it twice at the same time"),
     ):

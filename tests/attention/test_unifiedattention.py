@@ -11,6 +11,7 @@ from bench.lab_unified import edit as drawn
 from comfy.patcher_extension import WrappersMP
 from steer.patches.attention import prompttoprompt, unifiedattention
 from steer.patches.guidance import apg, pag
+from steer.patches.inversion import flowedit
 from steer.patches.inversion.flowedit import FlowEdit, guider
 from steer.patches.shared.schedule import Schedule
 from steer.patches.shared.trajectory import Trajectory, fingerprint
@@ -120,8 +121,8 @@ def spoken(operation="refine", prompt=None):
     return unifiedattention.prompts(texts.clip(), SOURCE, prompt or PROMPTS[operation], operation)
 
 
-def with_words(model, spoken, self_replace=1.0, eta=1.0, gamma=1.0, cross_replace=1.0, schedule=ALWAYS):
-    return unifiedattention.apply(model, self_replace, eta, gamma, "0%-100%", schedule, cross_replace, spoken)
+def with_words(model, spoken, self_replace=1.0, eta=1.0, gamma=1.0, cross_replace=1.0, schedule=ALWAYS, **words):
+    return unifiedattention.apply(model, self_replace, eta, gamma, "0%-100%", schedule, cross_replace, spoken, **words)
 
 
 def stepped(name, made, spoken):
@@ -141,20 +142,89 @@ def stepped(name, made, spoken):
     return out - latent + made.model.process_latent_out(seen[1]), Trajectory(sigmas, latents, fingerprint(made), source)
 
 
-@pytest.mark.parametrize("other", ["unet", "flux", "sd3", "qwen", "lumina", "z-image", "wan"])
-@pytest.mark.parametrize("operation", PROMPTS)
-@pytest.mark.parametrize("own", [0.0, 1.0])
-def test_words_are_prompt_to_prompts(other, operation, own):
-    """From the same latents; with the layout of the source all the time, and without."""
-    model, said = texts.network(other), spoken(operation)
-    D, path = stepped(other, with_words(model, said, eta=own), said)
-    theirs, positive, _ = prompttoprompt.apply(
+WEIGHTS = dict(weights="hair: 2.5, hat: -0.5", source_weights="happy: 0.3")
+
+
+def theirs(model, path, operation, own=1.0, **words):
+    """What Prompt-to-Prompt makes of the same step, and the plain prompt."""
+    made, positive, _ = prompttoprompt.apply(
         model, texts.clip(), path, SOURCE, PROMPTS[operation], operation, cross_replace=1.0, self_replace=1 - own,
-        layers="0%-100%",
+        layers="0%-100%", **words,
     )
     step = dict(texts.one_step(path), positive=positive, negative=texts.conditioning(""))
-    assert near(D, toy.sample(theirs, 1.0, **step), 1e-4)
-    assert not near(D, toy.sample(model, 1.0, **step), 1e-3)
+    return [toy.sample(each, 1.0, **step) for each in (made, model)]
+
+
+@pytest.mark.parametrize("other", ["unet", "flux", "sd3", "qwen", "lumina", "z-image", "wan"])
+@pytest.mark.parametrize("operation, words", [("refine", {}), ("replace", {}), ("refine", WEIGHTS)], ids=str)
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_words_are_prompt_to_prompts(other, operation, words, own):
+    """From the same latents; with the layout of the source all the time, and without."""
+    model, said = texts.network(other), spoken(operation)
+    D, path = stepped(other, with_words(model, said, eta=own, **words), said)
+    ours, plain = theirs(model, path, operation, own, **words)
+    assert near(D, ours, 1e-4) and not near(D, plain, 1e-3)
+    if words:
+        assert not near(D, theirs(model, path, operation, own)[0], 1e-3)
+
+
+@pytest.mark.parametrize("other", ["unet", "flux", "sd3", "qwen", "lumina", "z-image", "wan"])
+def test_the_blend_is_prompt_to_prompts(other):
+    """In one step: of the same region."""
+    model, said, words = texts.network(other), spoken(), dict(blend_words="glasses, hat", blend_threshold=0.98)
+    D, path = stepped(other, with_words(model, said, **words), said)
+    ours = theirs(model, path, "refine", **words)[0]
+    kept = (model.model.process_latent_in(ours) - path.source).abs().amax(1, keepdim=True) < 1e-4
+    assert 0 < int(kept.sum()) < kept.numel()
+    inside = ~kept.expand_as(D)
+    assert near(D[inside], ours[inside], 1e-4)
+    free = stepped(other, with_words(model, said), said)[0]
+    assert near(D[inside], free[inside], 1e-4) and not near(D[~inside], free[~inside], 1e-3)
+
+
+@pytest.mark.parametrize("method", ["FlowEdit", "DDCM"])
+def test_the_blend_keeps_the_picture_outside(name, method):
+    """Up to how the host scales latents; all of it where nothing is attended to, nothing where everything is."""
+    model, said, latent = texts.network(name), spoken(), 0.3 * texts.noise(name, 40, 2)
+
+    def run(made, cfg=CFGS[1]):
+        pair = guider(made, *said[:2], texts.conditioning(""), 1.5, cfg)
+        return toy.sample(made, None, FlowEdit(method, 99), guider=pair, start=latent * 0, latent=latent)
+
+    free = run(with_words(model, said))
+    for threshold, cfg in ((0.8, CFGS[1]), (0.8, 1.0), (1.0, CFGS[1])):
+        made = with_words(model, said, blend_words="hat", blend_threshold=threshold)
+        out = run(made, cfg)
+        kept = ((out - latent).abs() < 1e-6).all(1)
+        assert kept.all() if threshold == 1.0 else 0 < int(kept.sum()) < kept.numel()
+    assert near(run(with_words(model, said, blend_words="hat", blend_threshold=0.0)), free, 1e-4)
+    assert torch.equal(run(with_words(model, said, blend_words=" , ")), free)
+
+
+def test_the_source_is_asked_once(name, monkeypatch):
+    """Beside the edit, and not again: 4 rows for each step, of which CFG has 2. As if it were asked again, also where
+    a node changes the guider's result; and where what was asked is not enough, it is."""
+    from comfy.samplers import calc_cond_batch
+
+    def again(said, args):
+        return calc_cond_batch(*(args[each] for each in ("model", "conds", "input", "sigma", "model_options")))
+
+    model, latent = network(name), 0.3 * noise(name, 40)
+    model.set_model_sampler_post_cfg_function(lambda args: 0.9 * args["denoised"] + 0.1 * args["uncond_denoised"])
+
+    def run(cfgs):
+        pair = guider(steered(model, 0.5), text(name, 5), text(name, 1), text(name, 2), *cfgs)
+        with toy.count_forwards(model) as count:
+            out = toy.sample(model, None, FlowEdit("DDCM", 99), guider=pair, start=latent * 0, latent=latent, steps=2)
+        return out, count.rows / 2
+
+    cfgs = (1.5, 4.0), (1.0, 4.0), (1.0, 1.0), (1.5, 1.0)
+    found = [run(each) for each in cfgs]
+    assert [rows for _, rows in found] == [4, 4, 2, 4]
+    monkeypatch.setattr(flowedit, "known", again)
+    for (out, _), each, rows in zip(found, cfgs, (6, 5, 3, 4), strict=True):
+        asked = run(each)
+        assert near(out, asked[0], 1e-4) and asked[1] == rows
 
 
 @pytest.mark.parametrize("kind", ["modulation", "merging"])
@@ -212,7 +282,7 @@ def test_words_count_in_their_share_of_the_window_and_not_at_all_at_0(name):
     late = with_words(model, said, cross_replace=0.5, schedule=Schedule(0.5, 1.0))
     with toy.count_forwards(model) as count:
         run(late)
-    assert (count.calls, count.rows) == (8, 16 + 2)  # in one of the 4 steps
+    assert (count.calls, count.rows) == (7, 16)  # in one of the 4 steps the source stands beside, and not by itself
 
 
 @pytest.mark.parametrize("options", [dict(eta=1.0, gamma=1.0), dict(schedule=Schedule(0.5, 0.5))], ids=str)
@@ -223,7 +293,7 @@ def test_off_is_no_node(name, options):
     assert torch.equal(edited(name, off, 2), edited(name, model, 2))
 
 
-def test_one_kind_follows_the_other_and_each_costs_its_rows(name):
+def test_one_kind_follows_the_other_and_only_in_its_window(name):
     model = network(name)
     whole = [edited(name, steered(model, turn), 4) for turn in (0.0, 0.5, 1.0)]
     assert not near(whole[0], whole[1], 1e-3) and not near(whole[1], whole[2], 1e-3)
@@ -232,7 +302,7 @@ def test_one_kind_follows_the_other_and_each_costs_its_rows(name):
         edited(name, model, 4)
     with toy.count_forwards(model) as count:
         edited(name, late, 4)
-    assert count.calls == plain.calls and plain.rows < count.rows < 1.5 * plain.rows
+    assert count.rows == plain.rows and 4 < count.calls < plain.calls == 8
 
 
 def test_items_of_a_batch_are_edited_by_themselves(name):
@@ -287,8 +357,20 @@ def test_bad_input_raises_before_sampling(name):
         with pytest.raises(ValueError, match="SteerUnifiedAttention: cross_replace 1.5"):
             with_words(model, said, cross_replace=1.5)
         for its, mine, which in ((said[1], said[1], "source"), (said[0], said[0], "positive")):
-            with pytest.raises(ValueError, match=f"SteerUnifiedAttention: the guider's {which} is not the .* prompt"):
-                stepped(name, with_words(model, said), (its, mine, None))
+            for made in (with_words(model, said), with_words(model, said, cross_replace=0.0, blend_words="hat")):
+                with pytest.raises(ValueError, match=f"SteerUnifiedAttention: the guider's {which} is not the .* prom"):
+                    stepped(name, made, (its, mine, None))
+        for words, wrong in (
+            (dict(weights="dog: 2"), '"dog" is not in the prompt "a happy old'),
+            (dict(source_weights="glasses: 2"), '"glasses" is not in the prompt "a happy person'),
+            (dict(weights="hat"), 'weight "hat" cannot be read'),
+            (dict(weights="hat: 2", cross_replace=0.0), "weights count while .* raise cross_replace above 0"),
+            (dict(source_weights="hat: 2", cross_replace=0.0), "weights count while"),
+            (dict(blend_words="dog"), '"dog" is not in the prompt "a happy old'),
+            (dict(blend_words="hat", blend_threshold=1.5), "blend_threshold 1.5 must be a finite number from 0 to 1"),
+        ):
+            with pytest.raises(ValueError, match=f"SteerUnifiedAttention: .*{wrong}"):
+                with_words(model, said, **words)
         with pytest.raises(ValueError, match="SteerUnifiedAttention: needs the guider and the sampler of SteerFlow"):
             toy.sample(with_words(model, said), positive=said[1], negative=said[0], start=noise(name))
     assert count.calls == 0

@@ -22,7 +22,7 @@ INTRO = (
     "# Unified attention control on the lab\n\nEach table says by which command it was made; what the columns mean is "
     "said at the top of `tests/bench/lab_editing.py`. The lab proves the implementation, not the looks on other models."
 )
-SETTINGS = [  # name, (self_replace, eta, gamma) or None, cross_replace
+SETTINGS = [  # name, (self_replace, eta, gamma) or None, cross_replace, blend_threshold around what changes
     ("without", None),
     ("words for 0.7", (0.0, 1.0, 1.0), 0.7),
     ("layout for 0.3, then textures", (0.3, 0.0, 0.0)),
@@ -33,6 +33,9 @@ SETTINGS = [  # name, (self_replace, eta, gamma) or None, cross_replace
     ("layout alone", (1.0, 0.0, 1.0)),
     ("layout alone, words for 0.7", (1.0, 0.0, 1.0), 0.7),
     ("textures alone", (0.0, 1.0, 0.0)),
+    ("words for 0.7, blended at 0.3", (0.0, 1.0, 1.0), 0.7, 0.3),
+    ("both, blended at 0.3", (0.3, 0.0, 0.0), 0.7, 0.3),
+    ("both, blended at 0.6", (0.3, 0.0, 0.0), 0.7, 0.6),
 ]
 
 
@@ -46,18 +49,33 @@ def aligned(lab):
     return [prompts(clip, caption(a), caption(b))[2] for a, b in zip(lab.sources, lab.edits, strict=True)]
 
 
-def edit(lab, method, steps, seed, settings=None, cross_replace=0.0):
+def edit(lab, method, steps, seed, settings=None, cross_replace=0.0, blend=None):
     """Edited latents [B, 4, 16, 16] of a `Case`."""
+    import torch
+    import toy
     from steer.patches.attention import unifiedattention
     from steer.patches.inversion.flowedit import FlowEdit, guider
     from steer.patches.shared.schedule import Schedule
 
-    model = lab.model
-    if settings:
-        texts = (lab.before, lab.after, *aligned(lab)) if cross_replace else None
-        model = unifiedattention.apply(model, *settings, "auto", Schedule(), cross_replace, texts)
-    pair = guider(model, lab.before, lab.after, lab.nothing, 1.0, CFG)
-    return lab.sample(model, None, FlowEdit(method, steps), lab.sigmas(steps), guider=pair, seed=seed)
+    def draw(at, **words):
+        """Of the pictures `at`, a slice."""
+        model, every = lab.model, (lab.before, lab.after, lab.nothing)
+        before, after, nothing = ([[text[at], more] for text, more in each] for each in every)
+        if settings:
+            texts = (before, after, *aligned(lab)[at]) if cross_replace else None
+            model = unifiedattention.apply(model, *settings, "auto", Schedule(), cross_replace, texts, **words)
+        pair = guider(model, before, after, nothing, 1.0, CFG)
+        latent, sigmas = lab.latent[at], lab.sigmas(steps)
+        return toy.sample(model, None, FlowEdit(method, steps), guider=pair, start=latent * 0, latent=latent,
+                          sigmas=sigmas, seed=seed)
+
+    if blend is None:
+        return draw(slice(None))
+    drawn = []
+    for i, (name, *people) in enumerate(zip(lab.factors, lab.sources, lab.edits, strict=True)):
+        words = "hair" if name == "hair_color" else ", ".join(getattr(person, name) for person in people)
+        drawn.append(draw(slice(i, i + 1), blend_words=words, blend_threshold=blend))
+    return torch.cat(drawn)
 
 
 def kept(method):
