@@ -3,6 +3,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...patches.shared.decode import Decoder, decoder
+
 
 @dataclass(frozen=True)
 class LabScorer:
@@ -10,13 +12,16 @@ class LabScorer:
     `Features`: what the reader itself looks at."""
 
     prompt: str
-    vae: Any = field(repr=False)
+    decoder: Decoder = field(repr=False)
     reader: Any = field(repr=False)
-    patchers = ()
+
+    @property
+    def patchers(self):
+        return (self.decoder.patcher,)
 
     def __call__(self, latents):
-        images = self.vae.decode(latents).movedim(-1, 1).clamp(0, 1)
-        return self.reader.to(images.device).score(images.float(), self.prompt)
+        images = self.decoder(latents)
+        return self.reader.to(images.device).score(images, self.prompt)
 
     def features(self, pictures):
         return self.reader.to(pictures.device).features(pictures)
@@ -53,7 +58,7 @@ class LabScorerNode(io.ComfyNode):
                 f"SteerLabScorer: the prompt {prompt!r} names nothing that the lab's portraits show; write it as Lab "
                 'Portrait does, for example "a happy person, red hair, glasses".'
             )
-        return io.NodeOutput(LabScorer(prompt, vae, load_reader()))
+        return io.NodeOutput(LabScorer(prompt, decoder(vae), load_reader()))
 
 
 NODES = [LabScorerNode]

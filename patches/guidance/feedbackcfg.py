@@ -34,6 +34,9 @@ class FeedbackCFG(Term):
         number("candidates", self.count, 2)
         number("fidelity", self.fidelity)
 
+    def uses(self):
+        return tuple(getattr(self.scorer, "patchers", ()))
+
     def scale(self, w, difference, call, weight):
         candidates = torch.linspace(self.low, self.high, self.count, device=difference.device)
         D_c = call.predictions["positive"]

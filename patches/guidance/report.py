@@ -13,6 +13,8 @@ PLACES = {
     "scale": "sets the guidance weight",
     "add": "adds a difference",
     "transform": "changes the guided result",
+    "energy": "moves the clean estimate down a loss",
+    "constrain": "holds the clean estimate to a measurement",
     "step": "sets the step",
 }
 # model_options of the host that other nodes fill, and when they act

@@ -37,6 +37,7 @@ def after_cfg(call, args):
     denoised = add(call, denoised, args["model_options"])
     for term, weight, _ in call.active:
         denoised = term.transform(denoised, call, weight)
+    denoised = settle(call, denoised)
     for term, weight, _ in call.active:
         denoised = term.step(denoised, call, weight)
     return denoised
@@ -92,4 +93,19 @@ def add(call, denoised, options):
     for term, weight, branches in call.active:
         added = term.add(call, [call.predictions[b] for b in branches], weight)
         denoised = denoised if added is None else denoised + added
+    return denoised
+
+
+def settle(call, denoised):
+    """Energies move the combined D, then constraints hold; the graph of the evaluation, where there is one, ends."""
+    if denoised.requires_grad:
+        call.graph = denoised, call.x
+    shifts = [term.energy(denoised, call, weight) for term, weight, _ in call.active]
+    call.graph = None
+    denoised, call.x = denoised.detach(), call.x.detach()
+    call.predictions = {role: D.detach() for role, D in call.predictions.items()}
+    for shift in shifts:
+        denoised = denoised if shift is None else denoised + shift
+    for term, weight, _ in call.active:
+        denoised = term.constrain(denoised, call, weight)
     return denoised

@@ -12,9 +12,12 @@ Weights are cloned one at a time and stay so: the same numbers, in tensors that 
 of one forward are held until its backward; a gradient costs about twice a forward in time.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
+
+OPEN = ContextVar("steer.gradients", default=False)  # what makes in-place work differentiable cannot be nested
 
 
 def differentiable(model):
@@ -38,18 +41,34 @@ def differentiable(model):
 
 @contextmanager
 def gradients(*models):
-    """Makes gradients possible through ModelPatchers that are loaded, for the time of the block."""
+    """Makes gradients possible through ModelPatchers that are loaded, for the time of the block; may be nested."""
     import comfy.model_management as mm
 
-    was = mm.in_training
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
-        for model in models:
-            _own_weights(model.model)
-        mm.in_training = True  # some networks then leave out kernels that have no backward
+    mutable = nullcontext() if OPEN.get() else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    was, token = mm.in_training, OPEN.set(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), mutable:
+            for model in models:
+                _own_weights(model.model)
+            mm.in_training = True  # some networks then leave out kernels that have no backward
+            yield
+    finally:
+        mm.in_training = was
+        OPEN.reset(token)
+
+
+@contextmanager
+def traced(call):
+    """Makes D of one evaluation, a `run.Call`, differentiable in `call.x`, through all that it is combined of."""
+    guider, conds = call.run.guider, call.conds
+    controls = {cond["control"] for each in conds.values() for cond in each if "control" in cond}
+    with gradients(call.run.model, *(model for control in controls for model in control.get_models())):
+        guider.conds = call.conds = own(conds)
+        call.x, call.sigma = own(call.x).requires_grad_(), own(call.sigma)
         try:
             yield
         finally:
-            mm.in_training = was
+            guider.conds = conds
 
 
 def own(value):

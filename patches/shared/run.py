@@ -13,7 +13,8 @@ from functools import cached_property, partial
 from itertools import combinations
 
 from .architectures import depth, one_attention, shared_blocks
-from .combine import add, after_cfg, before_cfg
+from .combine import add, after_cfg, before_cfg, settle
+from .gradient import traced
 from .layers import listing
 from .other import Model
 from .stats import Stats
@@ -64,7 +65,7 @@ class Run:
         self.shape = tuple(noise.shape)
         self.size = noise.shape[0]  # items of the batch
         self.state = {}  # term -> what it remembers between steps
-        self.beside = None  # latent of the source that the sampler shows beside x, where it does
+        self.beside = None  # the `Live` source that the sampler shows beside x, where it does
         self.renoise = None  # D whose noise the next step keeps, for samplers that ask; None: the D they were handed
         self.needs_negative = False  # whoever acts at this evaluation: for terms that would do without it
         self.spared = None  # [B] bools: items whose negative need not be predicted; None: all are
@@ -171,6 +172,7 @@ class Call:
         self.source = {}  # (layer, role) -> features of the source; (layer, kind, depth, role) -> its attention
         self.index = 0  # of the positive among the guider's conds, as other packs' patches know it
         self.options = None  # model_options of this evaluation
+        self.graph = None  # (D, x) of `settle`, D differentiable in x, where a term asks for that
         self.joined = False
         self.shares = False  # rows that begin alike are computed once
         self.combined = False
@@ -261,6 +263,14 @@ def _predict(run, executor, x, timestep, model_options, seed, active):
         denoised = term.instead(call, weight)
         if denoised is not None:
             return denoised
+    if not any(term.traces(call) for term, _, _ in active):
+        return _evaluate(run, call, executor, model_options, seed)
+    with traced(call):
+        return _evaluate(run, call, executor, model_options, seed).detach()
+
+
+def _evaluate(run, call, executor, model_options, seed):
+    active = call.active
     options = {**model_options, "transformer_options": {**model_options["transformer_options"], CALL: call}}
     if any(term.needs_negative for term, _, _ in active):
         options["disable_cfg1_optimization"] = True
@@ -276,9 +286,9 @@ def _predict(run, executor, x, timestep, model_options, seed, active):
     call.joined = "sampler_calc_cond_batch_function" in options or "context_handler" in options
 
     try:
-        denoised = executor(x, timestep, options, seed)
+        denoised = executor(call.x, call.sigma, options, seed)
         if not call.combined:  # a guider with arithmetic of its own: what is added, is added to its result
-            denoised = add(call, denoised, options)
+            denoised = settle(call, add(call, denoised, options))
         return denoised
     finally:
         call.options = None  # the two hold each other: without this, all tensors of the step wait for the collector

@@ -5,7 +5,11 @@ from typing import Protocol
 
 class Scorer(Protocol):
     """A frozen value that is called with latents as the host stores them, [n, C, ...], and answers with numbers [n], of
-    which a higher one is better. Each is judged by itself."""
+    which a higher one is better. Each is judged by itself.
+
+    patchers: the ModelPatchers whose weights it uses, to be loaded before; without any where it has none.
+    For energies its answer must be differentiable in the latents where `gradients(*patchers)` is open.
+    """
 
     def __call__(self, latents): ...
 

@@ -10,6 +10,8 @@ predictions at fixed places, in this order whatever the order of the nodes:
     scale      the weight w of d                           (CFG++, beta-CFG, FDG)
     add        D = D_negative + w d + ...                  (PAG, SEG, SLG, SAG, AutoGuidance, negatives)
     transform  D as a whole                                (rescale)
+    energy     what losses of D add to it                  (rewards, classifiers, measurements)
+    constrain  D held to what must be true of it           (measurements)
     step       D as the sampler gets it                    (CFG++, TAG)
 
 Predictions are clean estimates D(x, sigma), in the latent space in which the model works, [B, C, ...] of any rank.
@@ -85,7 +87,7 @@ class Source:
     own and under the run's negative.
 
     digest: equal ones are one prediction.  conds: as for `Text`.
-    trajectory: None where the run's sampler itself shows the network a source: `Run.beside` is its latent.
+    trajectory: None where the run's sampler itself shows the network a source: `Run.beside` is what it shows.
     """
 
     digest: str
@@ -134,6 +136,10 @@ class Term:
 
     def check(self):
         """Raises ValueError for numbers that make no sense; see `number`."""
+
+    def uses(self):
+        """The ModelPatchers whose weights it uses, which the host loads with the model."""
+        return ()
 
     def prepare(self, run):
         """Checks the term against model, sampler and sigmas before the first step; raises ValueError."""
@@ -192,6 +198,18 @@ class Term:
 
     def transform(self, denoised, call, weight):
         """D in place of the guided D."""
+        return denoised
+
+    def traces(self, call):
+        """True where `energy` needs the graph of this evaluation, `Call.graph`."""
+        return False
+
+    def energy(self, denoised, call, weight):
+        """What is added to D; all energies see the same D, so that they add. None for nothing."""
+        return None
+
+    def constrain(self, denoised, call, weight):
+        """D in place of D, after the energies."""
         return denoised
 
     def step(self, denoised, call, weight):
@@ -255,6 +273,8 @@ def steer(model, term):
             term.features(model)
             term.after(model)
         model.model_options[STACK] = (*model.model_options.get(STACK, ()), term)
+        if term.uses():
+            model.set_additional_models(STACK, [*model.get_additional_models_with_key(STACK), *term.uses()])
         install(model)
     return model
 

@@ -11,6 +11,7 @@ from steer.models.lab.reader import load_reader
 from steer.nodes.lab.scorer import LabScorer
 from steer.patches.attention import diffuseit, masactrl
 from steer.patches.guidance import apg, pag
+from steer.patches.shared.decode import decoder
 from steer.patches.shared.euler import signal
 from steer.patches.shared.schedule import Schedule
 
@@ -27,7 +28,7 @@ def vae():
 def eyes(kind="scorer"):
     """The lab's reader, or a small random CLIP or DINOv2 of the host's."""
     if kind == "scorer":
-        return LabScorer("a happy person", vae(), load_reader())
+        return LabScorer("a happy person", decoder(vae()), load_reader())
     size = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, patch_size=16, image_size=64)
     if kind == "clip":
         config = dict(
@@ -91,7 +92,7 @@ def test_the_push_leads_down_the_losses(model, kind):
     def loss(D):
         z = model.model.process_latent_out(D)
         with torch.inference_mode():
-            return float(term.losses(diffuseit.decoded(*term.vae, z)).double())
+            return float(term.losses(term.decoder(z)).double())
 
     unit, slopes, length = push / push.norm(), [], 0.01 * float(D.norm())
     for seed in range(3):

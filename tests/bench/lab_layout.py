@@ -136,9 +136,10 @@ def diffuseit(lab, path, strength=1.0, end=0.9):
     """Looked at by the lab's reader."""
     from steer.nodes.lab.scorer import LabScorer
     from steer.patches.attention import diffuseit as node
+    from steer.patches.shared.decode import decoder
     from steer.patches.shared.schedule import Schedule
 
-    source, eyes = lab.source.movedim(1, -1), LabScorer("a happy person", lab.vae, lab.reader)
+    source, eyes = lab.source.movedim(1, -1), LabScorer("a happy person", decoder(lab.vae), lab.reader)
     return node.apply(lab.model, lab.vae, source, strength, 1.0, 1.0, Schedule(0.0, end), eyes)
 
 

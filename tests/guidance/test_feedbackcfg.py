@@ -8,6 +8,7 @@ from bench.lab_guidance import lab, truth
 from steer.models.lab.evaluate import sample
 from steer.nodes.lab.scorer import LabScorer
 from steer.patches.guidance import cfgpp, feedbackcfg
+from steer.patches.shared.decode import decoder
 from steer.patches.shared.schedule import Schedule
 
 ALWAYS = Schedule()
@@ -110,7 +111,7 @@ def test_the_lab_scorer_finds_better_pictures_than_any_one_cfg():
         return sum(float(reader.score(x.clamp(0, 1), text)[0]) for x, text in zip(made, prompts, strict=True)) / 4
 
     def judged(text):
-        return feedbackcfg.apply(lab_model, 1.0, 7.5, 4, 0.0, ALWAYS, LabScorer(text, vae, reader))
+        return feedbackcfg.apply(lab_model, 1.0, 7.5, 4, 0.0, ALWAYS, LabScorer(text, decoder(vae), reader))
 
     assert fit(7.5, judged) > max(fit(cfg, lambda text: lab_model) for cfg in (1.0, 4.0, 7.5)) + 0.1
 
