@@ -46,7 +46,8 @@ def card(scores, log, **fixed):
 
 
 TOLD = "obeyed", "taken", "identity", "strangers"
-ADAPTERS = {"adapter": "plus", "faceid": "FaceID", "instantid": "InstantID", "adapter-dit": "InstantX, DiT"}
+ADAPTERS = {"adapter": "plus", "faceid": "FaceID", "instantid": "InstantID", "adapter-dit": "InstantX, DiT",
+            "pulid": "PuLID, DiT"}
 TWO = "obeyed", "taken", "mixed", "nearer", "identity", "other's"
 PERSONS = """FastComposer: as many scenes of two held-out persons, two factors of each said, the halves read one by one;
 taken: the others as in a person's own reference, mixed: as in the other's, where they differ; nearer: persons whose

@@ -29,8 +29,7 @@ class Trainer(Stage):
         self.dit = self.base.diffusion_model.requires_grad_(False)
         self.dit.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / load.MODELS["dit"]).items()})
         self.vocabulary, self.encoder = Vocabulary(), edit.text_encoder()
-        self.vision = vision.network().to(device).requires_grad_(False)
-        self.vision.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / "vision.safetensors").items()})
+        self.vision = vision.exported()
         super().__init__(work, name, self.adapter().to(device), seed=seed, lr=lr)
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
@@ -57,6 +56,10 @@ class Trainer(Stage):
         """The encoder's embedding of portraits [B, E], zero where there is none."""
         images = torch.from_numpy(np.stack([draw(p) for p in portraits])).to(given.device).float() / 255
         return vision.look(self.vision, images)[1].float() * given[:, None]
+
+    def tokens(self, seen):
+        """[B, T, D] of what `reference` gives."""
+        return self.model.image_proj(seen)
 
     def text(self, rows):
         """[B, 77] rows -> context and pooled vector, as the host gives them."""
@@ -93,7 +96,7 @@ class Trainer(Stage):
         t, noise = times(size, z.device), torch.randn_like(z)
         x = self.base.model_sampling.noise_scaling(t.view(-1, 1, 1, 1), noise, z)
         with common.autocast():
-            tokens = self.model.image_proj(self.reference(looked, given))
+            tokens = self.tokens(self.reference(looked, given))
             v = self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens))
         error = (v.float() - (noise - z)).square().mean()
         return error, {"velocity_error": error.detach()}

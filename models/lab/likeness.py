@@ -166,6 +166,24 @@ def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", n
     return steer
 
 
+def by_eyes(strength, file="adapter_pulid.safetensors"):
+    """The same with the lab's PuLID: the identity of a picture, and what the image encoder sees of its face."""
+    from ...patches.identity import face, pulid
+    from ...patches.shared.schedule import Schedule
+    from ..identity import adapter
+    from .face import LabRecogniser
+    from .pulid import Eyes
+
+    made, eyes, finder = adapter.load(str(load.WEIGHTS / file)), Eyes(), LabRecogniser()
+    chosen = strength, "fidelity", -1, "one person", "as trained", Schedule()
+
+    def steer(image):
+        who = face.faces_of(image, finder)[0]
+        return lambda model, *conds: (pulid.apply(model, made, who, eyes, *chosen), *conds)
+
+    return steer
+
+
 REFERENCES = 16  # unseen portraits that the adapters are shown, one noise
 AMOUNTS = {"off": 0.0, "half": 0.5, "full": 1.0}  # strengths
 
@@ -195,5 +213,7 @@ def measures():
                       lambda out: curve(by_keypoints, faces(n, kept=POSED), every, draw=drawn_alone)),
         "adapter-dit": ("adapter_dit", lambda out: curve(by_picture_dit, cases(n), NAMED, "dit", **evaluate.FLOW)),
         "fastcomposer": ("adapter_fastcomposer", lambda out: persons.curve(n)),
+        "pulid": ("adapter_pulid",
+                  lambda out: curve(by_eyes, faces(n), every, "dit", drawn_alone, **evaluate.FLOW)),
     }
     return {name: go for name, (file, go) in found.items() if (load.WEIGHTS / f"{file}.safetensors").is_file()}

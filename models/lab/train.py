@@ -17,6 +17,7 @@
     python models/lab/train.py instantid           InstantID for the exported Lab-UNet and the reader
     python models/lab/train.py adapter-dit         IP-Adapter (InstantX) for the exported Lab-DiT and the image encoder
     python models/lab/train.py fastcomposer        FastComposer on two persons, with what of Lab-UNet it tunes
+    python models/lab/train.py pulid               PuLID for the exported Lab-DiT, the reader and the image encoder
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
@@ -32,13 +33,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
 STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "adapter",
-          "faceid", "instantid", "adapter-dit", "fastcomposer", "eval")  # fmt: skip
+          "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "adapter": 7, "faceid": 4,
-           "instantid": 20, "adapter-dit": 15, "fastcomposer": 20}
-OWN = {"instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer"}  # modules of adapters
+           "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15}
+OWN = {"instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer", "pulid": "pulid"}  # modules
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "instantid",
-         "adapter-dit", "fastcomposer", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds", "dit-seconds",
-         "megabytes")  # fmt: skip
+         "adapter-dit", "fastcomposer", "pulid", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
+         "dit-seconds", "megabytes")  # fmt: skip
 
 
 def arguments():

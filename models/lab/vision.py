@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
 from comfy.ops import disable_weight_init
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from . import common, load
 from .data import HELD_OUT
@@ -51,18 +51,30 @@ def principal(model, images):
     embeddings.position_embedding.weight[1:] -= mean @ weight.T
 
 
+def exported():
+    """The trained encoder, frozen, on the device."""
+    model = network().to(common.device()).requires_grad_(False)
+    model.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / "vision.safetensors").items()})
+    return model
+
+
 def look(model, images):
     """images [B, H, W, 3] in [0, 1] -> (hidden states before the last layer [B, 17, D], embedding [B, E]).
 
     The host's numbers, but differentiable: its layers add in place, which autograd refuses.
     """
+    embedding, hidden = states(model, images)
+    return hidden[-2], embedding
+
+
+def states(model, images):
+    """The same -> (embedding [B, E], hidden states before each layer and after the last)."""
     tower = model.vision_model
-    x = tower.pre_layrnorm(tower.embeddings(clip_preprocess(images, size=SIZE)))
+    found = [tower.pre_layrnorm(tower.embeddings(clip_preprocess(images, size=SIZE)))]
     for layer in tower.encoder.layers:
-        before = x
-        x = x + layer.self_attn(layer.layer_norm1(x), None, plain_attention)
-        x = x + layer.mlp(layer.layer_norm2(x))
-    return before, model.visual_projection(tower.post_layernorm(x[:, 0]))
+        x = found[-1] + layer.self_attn(layer.layer_norm1(found[-1]), None, plain_attention)
+        found.append(x + layer.mlp(layer.layer_norm2(x)))
+    return model.visual_projection(tower.post_layernorm(found[-1][:, 0])), found
 
 
 POOL, FRESH = 4096, 16  # portraits to choose from, and how many of them are new in each step

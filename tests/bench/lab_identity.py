@@ -13,8 +13,8 @@ with its ControlNet, for the same, except that the reference has position and ex
 Table 4: an IP-Adapter (InstantX layout) of the Lab-DiT, for prompts as of table 1, at cfg 4. Table 5: FastComposer, two
 persons in one picture, of whom the prompt names two factors each; the halves are read one by one, taken is as in a
 person's own reference, mixed as in the other's, where they differ, nearer the share of persons whose face is more alike
-to their own. The last row is the wanted portrait itself, drawn and sent through the VAE. Writes
-tests/bench/lab_identity.md.
+to their own. Table 6: PuLID on the Lab-DiT, as table 2, at cfg 4. The last row is
+the wanted portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
 """
 
 import sys
@@ -71,6 +71,14 @@ def two(portraits, seeds, steps):
     yield from persons.curve(portraits, seeds=seeds, steps=steps).items()
 
 
+def eyes(portraits, seeds, steps):
+    from steer.models.lab import evaluate, likeness
+    from steer.models.lab.portrait import FACTORS
+
+    options = dict(which="dit", draw=likeness.drawn_alone, **evaluate.FLOW)
+    yield from rows(likeness.by_eyes, likeness.faces(portraits), tuple(FACTORS), seeds, steps, **options)
+
+
 def rows(steer, case, named, seeds, steps, strengths=None, which="unet", draw=None, **options):
     """strengths: {setting: what `steer` takes}."""
     from steer.models.lab import likeness
@@ -89,6 +97,7 @@ TABLES = [
     ("InstantID, Lab-UNet", ("obeyed", "identity", "strangers"), keypoints),
     ("IP-Adapter, Lab-DiT", ("obeyed", "taken", "identity", "strangers"), flow),
     ("FastComposer, Lab-UNet", ("obeyed", "taken", "mixed", "nearer", "identity", "other's"), two),
+    ("PuLID, Lab-DiT", ("obeyed", "identity", "strangers"), eyes),
 ]
 
 
