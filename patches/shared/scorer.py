@@ -14,6 +14,18 @@ class Scorer(Protocol):
     def __call__(self, latents): ...
 
 
+class Noisy(Protocol):
+    """A classifier that was trained on noisy latents, for classifier guidance; frozen, on the same socket.
+
+    noisy: True.  patchers: as of a `Scorer`.  x [n, C, ...] as the model works on it, with its noise; sigma [n], its
+    level.  Answers with log p(y | x) [n], differentiable in x.
+    """
+
+    noisy: bool
+
+    def __call__(self, x, sigma): ...
+
+
 class Features(Protocol):
     """A frozen value that looks at pictures; a scorer may be one too.
 
