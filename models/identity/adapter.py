@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import fastcomposer, files, infiniteyou, joint, photomaker, projectors, pulid
+from . import elite, fastcomposer, files, infiniteyou, joint, photomaker, projectors, pulid
 from .projectors import below
 
 FACE = 512  # width of a face embedding
@@ -38,7 +38,7 @@ VARIANTS = {  # projector, what its picture should be
     "face-resampler": (projectors.Resampler, "a face embedding as it is, not normalised (portrait unnorm, InstantID)"),
 }
 
-FAMILIES = (photomaker, fastcomposer, infiniteyou, joint, pulid)  # other files, each read by a module of its own
+FAMILIES = (photomaker, fastcomposer, infiniteyou, joint, pulid, elite)  # other files, each read by a module of its own
 
 
 class Network(nn.Module):
