@@ -55,11 +55,11 @@ def page(node):
 def sheet(rows, gap=4):
     from PIL import Image
 
-    size = rows[0][0].width + gap
-    out = Image.new("RGB", (size * max(map(len, rows)) - gap, size * len(rows) - gap), "white")
+    width, height = (side + gap for side in rows[0][0].size)
+    out = Image.new("RGB", (width * max(map(len, rows)) - gap, height * len(rows) - gap), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            out.paste(picture, (x * size, y * size))
+            out.paste(picture, (x * width, y * height))
     return out
 
 
