@@ -46,7 +46,9 @@ class FastComposer(Fuser):
 
     def __str__(self):
         """What it is and what it needs, for people."""
-        tuned = "Brings the UNet and text encoder it was trained with." if self.weights else (
+        parts = {"unet.": "the UNet", "text_encoder.": "the text encoder"}
+        there = [what for prefix, what in parts.items() if any(key.startswith(prefix) for key in self.weights)]
+        tuned = f"Brings weights of {' and '.join(there)} that were trained with it." if there else (
             "Its UNet and text encoder are not in the file; use the checkpoint it was trained with."
         )
         return (

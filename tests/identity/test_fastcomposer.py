@@ -108,7 +108,7 @@ def other_networks():
 def test_the_files_own_networks_take_the_place_of_the_models(model, clip):
     extra, unet, text = other_networks()
     sd, adapter = load(extra)
-    assert "Brings the UNet and text encoder" in str(adapter)
+    assert "weights of the UNet and the text encoder" in str(adapter)
     before = toy.sample(model, positive=NEGATIVE, negative=NEGATIVE)
     kept = clip.encode_from_tokens(clip.tokenize(PROMPT))
     ours, tuned, positive = made(model, clip, adapter)
