@@ -18,7 +18,7 @@ def strength(of, default=1.0):
     )
 
 
-def how(start=0.0, end=1.0):
+def how(start=0.0, end=1.0, recurrence=1):
     """How an energy moves the estimate, and when."""
     return [
         io.Combo.Input(
@@ -47,7 +47,7 @@ def how(start=0.0, end=1.0):
         ),
         io.Int.Input(
             "recurrence",
-            default=1,
+            default=recurrence,
             min=1,
             max=100,
             tooltip="Steps down the slope at each evaluation. Higher goes further along a bent way, and costs a look "

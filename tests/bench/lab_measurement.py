@@ -159,12 +159,12 @@ RESTORED = {
     "off": None,
     "soft, estimate": dict(strength=1.0),
     "soft, network": dict(strength=1.0, gradient="network"),
+    "soft, estimate, recurrence 2": dict(strength=1.0, recurrence=2),
 }
 HARD = {**RESTORED, "hard": dict(mode="hard", strength=1.0)}
 PULLED = {
     "off": None,
-    **{f"{loss}, strength {s:g}": dict(loss=loss, strength=s) for loss in ("L2", "perceptual", "palette")
-       for s in (0.5, 1.0)},
+    **{f"{loss}, strength 0.5": dict(loss=loss, strength=0.5) for loss in ("L2", "perceptual", "palette")},
 }
 
 
