@@ -147,8 +147,8 @@ def source_weights():
     )
 
 
-def blend():
-    """blend_words and blend_threshold."""
+def blend(threshold):
+    """blend_words, and blend_threshold with its default."""
     return [
         io.String.Input(
             "blend_words",
@@ -157,7 +157,7 @@ def blend():
         ),
         io.Float.Input(
             "blend_threshold",
-            default=0.3,
+            default=threshold,
             min=0.0,
             max=1.0,
             step=0.01,

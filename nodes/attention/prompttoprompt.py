@@ -55,7 +55,7 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Share of the steps in which attention within the picture is the source's. Higher keeps "
                     "more of the shapes; lower lets new things take other ones. 0 is off.",
                 ),
-                *inputs.blend(),
+                *inputs.blend(0.3),
                 io.String.Input(
                     "word_map",
                     tooltip='For reorder: "source word: new word, ..." whose attention goes where; "#3: #5" by number. '

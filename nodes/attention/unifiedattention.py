@@ -74,7 +74,7 @@ class UnifiedAttention(io.ComfyNode):
                     tooltip="Share of the edit's own attention in the second part. Higher keeps less of the source's "
                     "textures; 1 leaves that part out.",
                 ),
-                *inputs.blend(),
+                *inputs.blend(0.6),
                 inputs.source_weights(),
                 inputs.layers("act in", "all"),
                 *inputs.window(),

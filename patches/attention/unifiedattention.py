@@ -120,7 +120,7 @@ def prompts(clip, source_prompt, prompt, operation="refine"):
 
 
 def apply(model, self_replace, eta, gamma, layers, schedule, cross_replace=0.0, texts=None, weights="",
-          source_weights="", blend_words="", blend_threshold=0.3):
+          source_weights="", blend_words="", blend_threshold=0.6):
     """texts: of `prompts`, for what is said of words; of a batch one alignment for all of its pictures, or for each."""
     with blame(Control):
         number("self_replace", self_replace, 0.0, 1.0)

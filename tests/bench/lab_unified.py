@@ -35,6 +35,7 @@ SETTINGS = [  # name, (self_replace, eta, gamma) or None, cross_replace, blend_t
     ("textures alone", (0.0, 1.0, 0.0)),
     ("words for 0.7, blended at 0.3", (0.0, 1.0, 1.0), 0.7, 0.3),
     ("both, blended at 0.3", (0.3, 0.0, 0.0), 0.7, 0.3),
+    ("words for 0.7, blended at 0.6", (0.0, 1.0, 1.0), 0.7, 0.6),
     ("both, blended at 0.6", (0.3, 0.0, 0.0), 0.7, 0.6),
 ]
 
