@@ -270,6 +270,7 @@ def test_bad_input_raises_before_sampling(name):
     model = network(name)
     trajectory = path(name, model)
     (tokens, more), = text(name, 1)
+    low = Trajectory(trajectory.sigmas[2:], trajectory.latents[2:], trajectory.model, text(name, 5))
     controlled = [[tokens, {**more, "control": toy.controlnet(torch.zeros(1, 3, 128, 128))}]]
     with toy.count_forwards(model) as count:
         for options, words in (
@@ -280,7 +281,9 @@ def test_bad_input_raises_before_sampling(name):
             (dict(appearance=trajectory), 'appearance is kept by the method "gradient" alone'),
             (dict(trajectory=path(name, model, 3)), "of a batch other than the latent's"),
             (dict(method="gradient", appearance=path(name, model, 3)), "of a batch other than the latent's"),
+            (dict(trajectory=low), "the sampler starts at sigma .* invert it with"),
             (dict(trajectory=path(name, model, conditioning=[])), "there is no source prompt"),
+            (dict(trajectory=path("unet", toy.model(kind="v"))), "another model"),
         ):
             with pytest.raises(ValueError, match=f"SteerFreeControl: .*{words}"):
                 toy.sample(steered(model, **{"trajectory": trajectory, **options}))

@@ -307,12 +307,16 @@ def test_bad_input_raises_before_sampling(name):
         with pytest.raises(ValueError, match=f"SteerPromptToPrompt: .*{words}"):
             steered(model, trajectory, **options)
     ours, positive = steered(model, trajectory)
+    low = Trajectory(trajectory.sigmas[2:], trajectory.latents[2:], trajectory.model, trajectory.conditioning)
+    with pytest.raises(ValueError, match="SteerPromptToPrompt: .*another model"):
+        steered(model, path("unet", toy.model(kind="v"), SOURCE))
     again, _ = steered(ours, trajectory)
     blending, _ = steered(model, trajectory, cross_replace=0.0, blend_words="hat")
     for made, start, texts, words in (
         (ours, toy.noise(), conditioning(SOURCE), "the guider's positive is not the edited prompt"),
         (blending, toy.noise(), conditioning(SOURCE), "the guider's positive is not the edited prompt"),
         (ours, toy.noise(height=24), positive, "of a size other than the latent's"),
+        (steered(model, low)[0], toy.noise(), positive, "the sampler starts at sigma .* invert it with"),
         (again, toy.noise(), positive, "the model carries it twice at the same time"),
     ):
         with toy.count_forwards(model) as count, pytest.raises(ValueError, match=f"SteerPromptToPrompt.*{words}"):
