@@ -123,10 +123,10 @@ class EVAClip:
         from comfy.model_management import load_models_gpu
 
         load_models_gpu([self.patcher])
-        images = images[..., :3].movedim(-1, 1).to(self.patcher.load_device, torch.float32)
+        images = images[..., :3].movedim(-1, 1).float().cpu()  # not every device has the bicubic filter
         small = nn.functional.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
         mean, std = (torch.tensor(t).to(small)[:, None, None] for t in (MEAN, STD))
-        embedding, states = self.patcher.model((small - mean) / std)
+        embedding, states = self.patcher.model(((small - mean) / std).to(self.patcher.load_device))
         return embedding.cpu(), [x.cpu() for x in states]
 
 

@@ -55,11 +55,12 @@ def states_of(clip_vision, images):
 
     load_model_gpu(clip_vision.patcher)
     size = clip_vision.image_size
-    pixels = images[..., :3].movedim(-1, 1).to(clip_vision.load_device, torch.float32)
+    pixels = images[..., :3].movedim(-1, 1).float().cpu()  # not every device has the bicubic filter
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(t).to(pixels)[:, None, None] for t in (MEAN, STD))
+    pixels = ((pixels - mean) / std).to(clip_vision.load_device)
     with torch.no_grad():
-        last, between, *_ = clip_vision.model(pixel_values=(pixels - mean) / std, intermediate_output="all")
+        last, between, *_ = clip_vision.model(pixel_values=pixels, intermediate_output="all")
     if between.shape[1] < DEPTHS[-1]:
         raise ValueError(f"clip_vision has {between.shape[1]} layers; ELITE was trained with CLIP ViT-L/14.")
     return torch.stack([last, *(between[:, n - 1] for n in DEPTHS)], 1).float().cpu()
