@@ -261,9 +261,9 @@ def test_nothing_else_changes_not_even_after_an_error(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_is_finite(method):
-    model = toy.model(dtype=torch.float16)
-    assert toy.sample(steered(model, path("unet", model), method=method), steps=2).isfinite().all()
+def test_half_precision_is_near(method):
+    models = toy.model(dtype=torch.float16), toy.model()
+    assert near(*(toy.sample(steered(m, path("unet", m), method=method), steps=2) for m in models), 0.03)
 
 
 def test_bad_input_raises_before_sampling(name):

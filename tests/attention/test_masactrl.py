@@ -172,14 +172,15 @@ def test_with_another_packs_attention(name):
             toy.sample(steered(replaced, trajectory, **masks), **one_step(name, trajectory))
 
 
-def test_half_precision_and_odd_sizes_are_finite():
-    model = toy.model(dtype=torch.float16)
-    trajectory = path("unet", model)
-    odd = torch.nn.functional.pad(trajectory.latents, (0, 2, 0, -2))
-    trajectory = Trajectory(trajectory.sigmas, odd, trajectory.model, trajectory.conditioning)
-    masks = dict(source_mask=left(144, 112), target_mask=left(144, 112))
-    out = toy.sample(steered(model, trajectory, **masks), start=toy.noise(height=14, width=18), steps=2)
-    assert out.isfinite().all()
+def test_half_precision_of_odd_sizes_is_near():
+    outs, masks = [], dict(source_mask=left(144, 112), target_mask=left(144, 112))
+    for dtype in (torch.float16, torch.float32):
+        model = toy.model(dtype=dtype)
+        trajectory = path("unet", model)
+        odd = torch.nn.functional.pad(trajectory.latents, (0, 2, 0, -2))
+        trajectory = Trajectory(trajectory.sigmas, odd, trajectory.model, trajectory.conditioning)
+        outs.append(toy.sample(steered(model, trajectory, **masks), start=toy.noise(height=14, width=18), steps=2))
+    assert near(*outs, 0.03)
 
 
 def test_nothing_else_changes_not_even_after_an_error(name):

@@ -76,11 +76,9 @@ def explicit(name, model, trajectory, options, operation, weights="", source_wei
                 columns, its = after.columns, before.columns
                 A_s = maps(q_s[:, text:n], k_s[:, :text], heads)[..., :its]
                 A_t = a[:, :, text:n, :columns]
-                shared = A_s @ M * alpha
                 mass = (A_t * alpha).sum(-1, keepdim=True) / (A_s @ (M @ alpha))[..., None]
                 mixed = torch.lerp(c * (mass * (A_s * c_s @ M * alpha) + (1 - alpha) * A_t), A_t, own_share)
                 a[:, :, text:n, :columns] = mixed
-                assert shared.shape == A_t.shape
             out[rows] = times(a, v[rows])
         return out
 

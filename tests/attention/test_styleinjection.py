@@ -143,18 +143,22 @@ def test_with_guidance_and_another_node_on_other_layers(name):
     assert count.rows == 4 * 6  # MasaCtrl's source is the content that is there
     assert not near(out, toy.sample(styled), 1e-3)
     guided = apg.apply(pag.apply(styled, 2.0, second, ALWAYS), 0.0, 15.0, -0.5, ALWAYS)
-    assert toy.sample(guided).isfinite().all()
+    out = toy.sample(guided)
+    assert out.isfinite().all() and not near(out, toy.sample(styled), 1e-3)
     with pytest.raises(ValueError, match="both replace the keys and values of the attention in"):
         toy.sample(masactrl.apply(styled, content, 1.0, first, ALWAYS))
 
 
-def test_half_precision_and_odd_sizes_are_finite():
-    model = toy.model(dtype=torch.float16)
-    odd = [
-        Trajectory(t.sigmas, torch.nn.functional.pad(t.latents, (0, 2, 0, -2)), t.model, t.conditioning)
-        for t in pair("unet", model)
-    ]
-    assert toy.sample(steered(model, *odd), start=toy.noise(height=14, width=18), steps=2).isfinite().all()
+def test_half_precision_of_odd_sizes_is_near():
+    outs = []
+    for dtype in (torch.float16, torch.float32):
+        model = toy.model(dtype=dtype)
+        odd = [
+            Trajectory(t.sigmas, torch.nn.functional.pad(t.latents, (0, 2, 0, -2)), t.model, t.conditioning)
+            for t in pair("unet", model)
+        ]
+        outs.append(toy.sample(steered(model, *odd), start=toy.noise(height=14, width=18), steps=2))
+    assert near(*outs, 0.03)
 
 
 def test_nothing_else_changes_not_even_after_an_error(name):
