@@ -12,7 +12,8 @@ recoloured   the prompt has other colours of hair, shirt and background and name
     new       the three colours
     layout    position, shape of the hair, glasses, hat and pattern, as in the source
     geometry  mean error of the six measures of the face, each from -1 to 1
-guided, looked at   as recoloured, and drawn from noise of its own, not from the inverted noise
+guided, looked at   as recoloured, and drawn from noise of its own, not from the inverted noise; looked at by the reader,
+which also measures, or by Lab Vision, which does not
 repainted   the prompt has another hair colour, hat or expression, or glasses on or off, and names the style beside it;
 the mask is the region where the drawn portraits differ
     edited    the new factor;  others  the rest, as in the source
@@ -132,14 +133,16 @@ def freecontrol(lab, path, strength=1.0, components=64, layers="auto", method="s
     return node.apply(lab.model, path, strength, components, layers, method, Schedule(0.0, end))
 
 
-def diffuseit(lab, path, strength=1.0, end=0.9):
-    """Looked at by the lab's reader."""
+def diffuseit(lab, path, strength=1.0, end=0.9, eye="reader"):
+    """Looked at by the lab's reader, which also measures, or by its CLIP_VISION, which does not."""
+    from steer.models.lab.load import load_vision
     from steer.nodes.lab.scorer import LabScorer
     from steer.patches.attention import diffuseit as node
     from steer.patches.shared.decode import decoder
     from steer.patches.shared.schedule import Schedule
 
-    source, eyes = lab.source.movedim(1, -1), LabScorer("a happy person", decoder(lab.vae), lab.reader)
+    eyes = load_vision() if eye == "vision" else LabScorer("a happy person", decoder(lab.vae), lab.reader)
+    source = lab.source.movedim(1, -1)
     return node.apply(lab.model, lab.vae, source, strength, 1.0, 1.0, Schedule(0.0, end), eyes)
 
 
@@ -201,6 +204,8 @@ LOOKED_AT = {
     "DiffuseIT": (("unet", "dit"), {}),
     "DiffuseIT, strength 0.3": (("unet",), {"strength": 0.3}),
     "DiffuseIT, strength 2": (("unet",), {"strength": 2.0}),
+    "by Lab Vision": (("unet", "dit"), {"eye": "vision"}),
+    "by Lab Vision, strength 2": (("unet", "dit"), {"eye": "vision", "strength": 2.0}),
 }
 METHODS = {
     "moved": (MOVED, masactrl),
