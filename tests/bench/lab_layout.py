@@ -12,8 +12,8 @@ recoloured   the prompt has other colours of hair, shirt and background and name
     new       the three colours
     layout    position, shape of the hair, glasses, hat and pattern, as in the source
     geometry  mean error of the six measures of the face, each from -1 to 1
-guided, looked at   as recoloured, and drawn from noise of its own, not from the inverted noise; looked at by the reader,
-which also measures, or by Lab Vision, which does not
+guided, looked at   as recoloured, and drawn from noise of its own, not from the inverted noise; looked at by the
+reader, which also measures, or by Lab Vision, which does not
 repainted   the prompt has another hair colour, hat or expression, or glasses on or off, and names the style beside it;
 the mask is the region where the drawn portraits differ
     edited    the new factor;  others  the rest, as in the source
