@@ -155,7 +155,7 @@ def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", n
     from ..identity import adapter
     from .face import LabRecogniser
 
-    made, control_net, finder = adapter.load(str(load.WEIGHTS / file)), load.load_control(load.WEIGHTS / net)
+    made, control_net = adapter.load(str(load.WEIGHTS / file)), load.load_control(load.WEIGHTS / net)
     finder, control = LabRecogniser(), strength if control is None else control
 
     def steer(image):

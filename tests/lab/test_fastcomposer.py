@@ -126,3 +126,13 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     assert again["step"] > first["step"] and again["seconds"] >= 5
     weights = load_file(tmp_path / "adapter_fastcomposer.safetensors")
     assert torch.equal(weights["postfuse_module.mlp1.fc1.weight"], again["average"]["fuse.mlp1.fc1.weight"].half())
+
+
+def test_what_the_bench_draws(exported):
+    """Two persons side by side, by the prompt alone and with pictures, which alone are told apart by `merge`."""
+    case, reader, models = persons.cases(2), load_reader(), load.load_model("unet")
+    found = [persons.drawn(reader, models, case, persons.by_words(models, merge, exported[1]), steps=2)
+             for merge in (0.0, 1.0)]
+    assert all(pictures.shape == (2, 3, 128, 256) for _, pictures in found)
+    assert (found[0][1] - found[1][1]).abs().max() > 0.05
+    assert found[0][0].keys() == persons.truth(reader, models[2], case).keys()

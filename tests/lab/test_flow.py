@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.identity.joint import INSTANTX
-from steer.models.lab import common, dit, edit, flow, load
+from steer.models.lab import common, dit, edit, evaluate, flow, likeness, load
 from steer.models.lab.captions import phrases
 from steer.models.lab.portrait import draw
+from steer.models.lab.reader import load_reader
 from steer.patches.identity import ipadapter
 from steer.patches.shared.schedule import Schedule
 
@@ -100,3 +101,12 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     assert again["step"] > first["step"] and again["seconds"] >= 4
     weights = load_file(tmp_path / "adapter_dit.safetensors")
     assert torch.equal(weights["ip_adapter.2.to_v_ip.weight"], again["average"]["layers.2.to_v_ip.weight"].half())
+
+
+def test_what_the_bench_draws(exported):
+    """As without the node at strength 0, otherwise not; each of a batch by its own reference."""
+    case, options = likeness.cases(2, 70_000), {**evaluate.FLOW, "steps": 2}
+    reader, models = load_reader(), load.load_model("dit")
+    off, on = (likeness.drawn(reader, models, likeness.by_picture(s, exported[1]), case, **options) for s in (0.0, 1.0))
+    assert off == likeness.drawn(reader, models, lambda model, _: model, case, **options)
+    assert abs(on["strangers"] - off["strangers"]) > 1e-3

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import common, edit, instantid, load
+from steer.models.lab import common, edit, instantid, likeness, load
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import LabRecogniser, keypoints
-from steer.models.lab.portrait import Portrait, draw
+from steer.models.lab.portrait import FACTORS, Portrait, draw
+from steer.models.lab.reader import load_reader
 from steer.patches.identity import face
 from steer.patches.identity import instantid as method
 from steer.patches.shared.schedule import Schedule
@@ -134,3 +135,17 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     weights = load_file(tmp_path / "controlnet.safetensors")
     assert torch.equal(weights["zero_convs.3.0.weight"], again["average"]["control.zero_convs.3.0.weight"].half())
     assert isinstance(load.load_control(tmp_path / "controlnet.safetensors"), comfy.controlnet.ControlNet)
+
+
+def test_what_the_bench_draws(trainer, tmp_path):
+    """One by one as without the node at strength 0, in the poses of the references; otherwise not."""
+    trainer.export(tmp_path)
+    paths = dict(file=tmp_path / "adapter_by_hand.safetensors", net=tmp_path / "controlnet.safetensors")
+    case, options = likeness.faces(2, 70_000, likeness.POSED), dict(named=tuple(FACTORS), steps=2)
+    assert all(getattr(a, n) == getattr(b, n) for a, b in zip(*case[:2], strict=True) for n in likeness.POSED)
+    reader, models = load_reader(), load.load_model("unet")
+    off, on, words = (likeness.drawn_alone(reader, models, likeness.by_keypoints(*s, **paths), case, **options)
+                      for s in ((0.0,), (1.0,), (1.0, 0.0)))
+    assert off == pytest.approx(likeness.drawn(reader, models, lambda model, _: model, case, **options), abs=0.02)
+    assert off.keys() == {"obeyed", "identity", "strangers"}
+    assert len({round(row["strangers"], 3) for row in (off, on, words)}) == 3

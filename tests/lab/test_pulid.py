@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.identity.pulid import FLUX
-from steer.models.lab import common, dit, edit, load, pulid
+from steer.models.lab import common, dit, edit, evaluate, likeness, load, pulid
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import keypoints
-from steer.models.lab.portrait import draw
+from steer.models.lab.portrait import FACTORS, draw
+from steer.models.lab.reader import load_reader
 from steer.patches.identity import pulid as method
 from steer.patches.shared.face import Face
 from steer.patches.shared.schedule import Schedule
@@ -111,3 +112,13 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     assert again["step"] > first["step"] and again["seconds"] >= 5
     weights = load_file(tmp_path / "adapter_pulid.safetensors")
     assert torch.equal(weights["pulid_ca.2.to_q.weight"], again["average"]["layers.2.to_q.weight"].half())
+
+
+def test_what_the_bench_draws(exported):
+    """One by one as without the node at strength 0, otherwise not."""
+    case, options = likeness.faces(2, 70_000), {**evaluate.FLOW, "named": tuple(FACTORS), "steps": 2}
+    reader, models = load_reader(), load.load_model("dit")
+    off, on = (likeness.drawn_alone(reader, models, likeness.by_eyes(s, exported[1]), case, **options)
+               for s in (0.0, 1.0))
+    assert off == pytest.approx(likeness.drawn(reader, models, lambda model, _: model, case, **options), abs=0.02)
+    assert abs(on["strangers"] - off["strangers"]) > 1e-3
