@@ -128,6 +128,37 @@ def test_tiles_are_the_whole_where_their_edges_are_not_seen():
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
+def test_through_a_vae_of_full_kind():
+    """The host's AutoencoderKL, with attention and in-place SiLUs, as its loader makes it; a mask made by a node."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.sd import VAE
+
+    size = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2, 2, 2])
+    params = dict(ddconfig=dict(size, num_res_blocks=1, attn_resolutions=[], dropout=0.0), embed_dim=4)
+    with torch.inference_mode():
+        network = AutoencoderKL(**params)
+        toy.random_weights(network)
+        full, z = VAE(sd=network.state_dict(), config={"params": params}), toy.noise(3, **SMALL)
+        shown, mask = full.decode(z), torch.ones(1, 64, 64)
+        mask[..., :24] = 0
+    its, target = decoder(full), picture(2).movedim(-1, 1)
+    assert torch.allclose(its.picture(z).movedim(1, -1), shown, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(its.encode(its.picture(z)), full.encode(shown), atol=1e-4)
+
+    def loss(pictures):
+        return (pictures - target).square().sum((1, 2, 3))
+
+    slope = its.slope(z, loss)[1]
+    way, h = slope / slope.norm(), 1e-3
+    with torch.inference_mode():
+        difference = (loss(its(z + h * way).double()) - loss(its(z - h * way).double())) / (2 * h)
+        for mode in ("soft", "hard"):
+            ours = steered(made("unet"), operator("mask", mask=mask), mode, image=picture(), vae=full, form="network")
+            assert once(ours).isfinite().all()
+    assert float((slope * way).sum()) == pytest.approx(float(difference), rel=0.01)
+
+
 def test_off_is_no_node(model):
     plain = toy.sample(model, steps=2, start=toy.noise(**SMALL))
     for mode in ("soft", "hard"):
