@@ -215,8 +215,8 @@ def test_bad_input_raises_before_sampling(name):
 
 @pytest.mark.parametrize("which", ["unet", "dit"])
 def test_on_the_lab_colours_change_and_shapes_stay(which):
-    """Eight portraits under a prompt with three other colours that says nothing of the shapes. On three sets layout rose
-    by 0.40 to 0.53 (UNet) and 0.33 to 0.45 (DiT); the new colours were always there."""
+    """Eight portraits under a prompt with three other colours that says nothing of the shapes. On three sets layout
+    rose by 0.40 to 0.53 (UNet) and 0.33 to 0.45 (DiT); the new colours were always there."""
     from bench.lab_editing import trajectory
     from bench.lab_layout import layout, plugandplay, row
 
