@@ -16,15 +16,26 @@ from .steering import IDLE
 @dataclass
 class After:
     """edits: {Layer: {role: [edit]}} of what blocks leave.  asked: layers in which `raw` is kept, {name: [B, n, heads,
-    d]} of the block that runs, as the `taps` of the architecture have it."""
+    d]} of the block that runs, as the `taps` of the architecture have it.  placed: layers in which `unplaced` is kept,
+    as an `AttnCall` has it, heads apart."""
 
     edits: dict
     asked: frozenset
+    placed: frozenset = frozenset()
     raw: dict = field(default_factory=dict)
+    unplaced: tuple = ()
 
     def of(self, layer):
         """`raw` as an `AttnCall` has it."""
         return {name: t.flatten(2) for name, t in self.raw.items()} if layer in self.asked else {}
+
+    def take(self, layer):
+        """`unplaced` as an `AttnCall` has it, once."""
+        kept, self.unplaced = self.unplaced, ()
+        if layer not in self.placed or not kept:
+            return ()
+        *qk, pe = kept
+        return *(t.transpose(1, 2).flatten(2) for t in qk), pe
 
 
 NONE = After({}, frozenset())
@@ -32,16 +43,17 @@ NONE = After({}, frozenset())
 
 def after_of(run, call, units):
     """The `After` of what is in this batch."""
-    edits, asked = {}, set()
+    edits, asked, placed = {}, set(), set()
     roles = dict.fromkeys(unit.role for unit in units)
     targets = [role for role in roles if role != IDLE and not (call and role in call.source_roles)]
     for term, weight, _ in call.active if call else ():
         asked.update(layer for a in run.attention[term] if a.raw for layer in a.layers)
+        placed.update(layer for a in run.attention[term] if a.unplaced for layer in a.layers)
         for layer, edit in run.after[term]:
             for role in targets:
                 its = partial(edit, call=call, weight=weight, role=role)
                 edits.setdefault(layer, {}).setdefault(role, []).append(its)
-    return After(edits, frozenset(asked | edits.keys()))
+    return After(edits, frozenset(asked | edits.keys()), frozenset(placed))
 
 
 @contextmanager
@@ -56,10 +68,25 @@ def kept(adapter, network, rows):
             yield
         finally:
             rows.after.raw.clear()
+            rows.after.unplaced = ()
 
 
 def _keep(raw, name, read, module, args, output):
     raw[name] = read(args, output)
+
+
+def place(options, rows):
+    """Lets what attention asks with be kept before it gets its places, in a private copy of one call's
+    transformer_options: after the patches of other nodes."""
+    if rows.after.placed:
+        patches = options["patches"] = dict(options.get("patches", {}))
+        patches["attn1_patch"] = [*patches.get("attn1_patch", ()), partial(_unplaced, rows)]
+
+
+def _unplaced(rows, q, k, v, pe, attn_mask, extra_options):
+    if rows.layer in rows.after.placed:
+        rows.after.unplaced = q, k, pe
+    return {}
 
 
 def follow(options, rows):

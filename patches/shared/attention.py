@@ -24,6 +24,8 @@ class AttnCall:
     precision: dtype in which the host multiplies q and k; None for their own.
     raw: of transformers, where an `Attention` asks for it: what the network asks with before it is given its place,
         {"q": [B, n, heads * d], ...}, as the `taps` of the architecture have it.
+    unplaced: of the Flux family, where an `Attention` asks for it: (q, k, pe), queries and keys [B, N, heads * d] of
+        all tokens before they get their places, and the rotations [B or 1, 1, N, d / 2, 2, 2] that give them these.
     """
 
     q: torch.Tensor
@@ -39,6 +41,7 @@ class AttnCall:
     depth: int = 0
     precision: torch.dtype | None = None
     raw: dict = field(default_factory=dict)
+    unplaced: tuple = ()
 
     @property
     def places(self):
@@ -63,7 +66,8 @@ class AttnCall:
         cut = (t[first:last] for t in (self.q, self.k, self.v))
         mask = cut_mask(self.mask, first, last, self.q.shape[0])
         raw = {name: t[first:last] for name, t in self.raw.items()}
-        return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask, raw=raw)
+        unplaced = tuple(t[first:last] if len(t) == len(self.q) else t for t in self.unplaced)
+        return replace(self, **dict(zip("qkv", cut, strict=True)), mask=mask, raw=raw, unplaced=unplaced)
 
 
 def cut_mask(mask, first, last, rows):
@@ -120,7 +124,7 @@ class Attention:
         time, are refused.
     beside: branches of the term. A `Source` stands for its rows beside those that are edited.
     negative: whether rows under other texts than the positive are edited too.
-    raw: the AttnCalls come with `raw`.
+    raw, unplaced: the AttnCalls come with these.
     """
 
     kind: str
@@ -130,6 +134,7 @@ class Attention:
     beside: tuple = ()
     negative: bool = True
     raw: bool = False
+    unplaced: bool = False
 
 
 def perturb(edit, target, attend):

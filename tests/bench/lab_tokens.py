@@ -27,12 +27,14 @@ sys.path.append(str(Path(__file__).parents[1]))
 import host  # noqa: E402
 from bench.tables import arguments, make  # noqa: E402
 
-RESULTS, CFG, SIDE = Path(__file__).with_suffix(".md"), 4.0, 128
+RESULTS, SIDE = Path(__file__).with_suffix(".md"), 128
+CFG, MOVING_CFG, SHIFT = 4.0, 2.5, 32  # pixels by which a head is moved: two tokens
 LEAK = ("own", "leaked")
 FACTORS = ("expression", "hair_color", "glasses", "hat", "shirt")
 INTRO = (
     "# Tokens and regions on the lab\n\nEach table says by which command it was made; what the columns mean is said at "
-    f"the top of `tests/bench/lab_tokens.py`. Cfg {CFG}, euler. The lab proves no looks on other models."
+    f"the top of `tests/bench/lab_tokens.py`. Euler, cfg {CFG}, for a head that "
+    f"is moved {MOVING_CFG}. The lab proves no looks on other models."
 )
 
 
@@ -141,8 +143,8 @@ class Moving:
         self.positive = conditioning(clip, [caption(p, ("style", "position", *changed)) for p in self.wanted])
         self.nothing = conditioning(clip, [""] * count)
         pictures = torch.from_numpy(np.stack([draw(p) for p in people])).float() / 255
-        heads = [[draw_masks(q)["head"] for q in group] for group in (people, self.wanted)]
-        self.subject, self.target = (torch.from_numpy(np.stack(group)) for group in heads)
+        self.subject = torch.from_numpy(np.stack([draw_masks(p)["head"] for p in people]))
+        self.target = torch.nn.functional.pad(self.subject, (SHIFT, -SHIFT))
         self.sigmas, before = toy.sigmas(self.model, steps, "simple"), conditioning(clip, [caption(p) for p in people])
         self.start = torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         with torch.inference_mode():
@@ -161,11 +163,10 @@ class Moving:
         from steer.patches.tokens import personalizeanything
 
         model = personalizeanything.apply(
-            self.model, self.path, self.subject, threshold, strength, Schedule(), target=(self.target > 0).float(),
-            **options,
+            self.model, self.path, self.subject, threshold, strength, Schedule(), target=self.target, **options
         )
         given = {"positive": self.positive, "negative": self.nothing, "start": self.start, "sigmas": self.sigmas}
-        out = toy.sample(model, CFG, **given)
+        out = toy.sample(model, MOVING_CFG, **given)
         with torch.inference_mode():
             x = self.show(out)
             read, face = self.reader.read(x), self.reader(x)[2]
@@ -193,19 +194,17 @@ def moved(count, seed, steps, threshold, strength, **options):
     return moving(count, seed, steps).figures(threshold, strength, **options)
 
 
-MOVED = {
+MOVED = {  # setting: (threshold, strength, options)
     "prompt alone": (0.0, 0.0, {}),
-    "threshold 0.2, strength 0": (0.2, 0.0, {}),
-    "threshold 0.5, strength 0": (0.5, 0.0, {}),
-    "threshold 0.8, strength 0": (0.8, 0.0, {}),
-    "threshold 1": (1.0, 0.0, {}),
-    "threshold 0": (0.0, 1.0, {}),
-    "threshold 0.2": (0.2, 1.0, {}),
-    "threshold 0.5": (0.5, 1.0, {}),
     "threshold 0.8, the default": (0.8, 1.0, {}),
-    "threshold 0.5, strength 3": (0.5, 3.0, {}),
+    "threshold 1": (1.0, 0.0, {}),
+    "threshold 0.8, strength 0": (0.8, 0.0, {}),
+    "threshold 0.5": (0.5, 1.0, {}),
+    "threshold 0.5, strength 0": (0.5, 0.0, {}),
+    "threshold 0.2": (0.2, 1.0, {}),
+    "threshold 0.2, strength 0": (0.2, 0.0, {}),
+    "threshold 0": (0.0, 1.0, {}),
     "threshold 0.8, perturbation 0.5": (0.8, 1.0, {"perturbation": 0.5}),
-    "threshold 0.8, perturbation 1": (0.8, 1.0, {"perturbation": 1.0}),
 }
 FACES = ("its own", "identity", "place", "around", "inside")
 

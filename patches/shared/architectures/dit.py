@@ -31,8 +31,8 @@ def _attention(rows, tokens, kinds, previous, function, q, k, v, heads, *args, *
     q, k, v = ((t.transpose(1, 2) if by_head else t).flatten(2) for t in (q, k, v))
     text, image = ((0, None), (0, None)) if kind == "cross" else tokens(rows, options, q.shape[1])
     precision = kwargs.get("attn_precision")
-    raw = rows.after.of(rows.layer)
-    call = AttnCall(q, k, v, heads, rows.layer, kind, mask, text, image, rows.shape, precision=precision, raw=raw)
+    asked = {"raw": rows.after.of(rows.layer), "unplaced": rows.after.take(rows.layer)}
+    call = AttnCall(q, k, v, heads, rows.layer, kind, mask, text, image, rows.shape, precision=precision, **asked)
 
     def attended(call, chunks):
         # whoever attends here sees the options of these chunks alone

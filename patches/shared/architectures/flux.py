@@ -1,6 +1,6 @@
 """Flux and the transformers built of its blocks: Flux, Flux2, Chroma, Chroma Radiance."""
 
-from ..after import follow
+from ..after import follow, place
 from ..layers import Layer
 from ..rows import Block
 from . import dit
@@ -35,6 +35,7 @@ def tail(diffusion_model):
 def patch(options, rows, network):
     dit.patch(options, rows, tokens)
     follow(options, rows)
+    place(options, rows)
 
 
 def taps(block):
