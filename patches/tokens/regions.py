@@ -72,16 +72,21 @@ class Regions(Term):
         return tuple(Attention(kind, layers, self.edit, negative=False) for kind in kinds)
 
     def edit(self, target, beside, attend, call, weight, role):
+        kept = call.run.state.setdefault(self, {})
+        key = target.kind, target.places, target.k.shape[1], target.q.device, target.q.dtype, weight
         with blame(self):
-            m = self.on(target, call.run.shape)
-            cut = self.cut(target, m)
-        bias = torch.log1p(-self.strength * weight * cut).to(target.q.dtype)[:, None]
+            if target.shape[2:] != call.run.shape[2:]:
+                raise ValueError(
+                    "masks are for the whole picture, and a conditioning has an area; take off one of them."
+                )
+            if key not in kept:
+                cut = self.cut(target, self.on(target, call.run.shape))
+                kept[key] = torch.log1p(-self.strength * weight * cut).to(target.q.dtype)[:, None]
+        bias = kept[key]
         return attend(replace(target, mask=bias if target.mask is None else bias + additive(target.mask, bias.dtype)))
 
     def on(self, target, shape):
         """m_r [b, regions, places]."""
-        if target.shape[2:] != shape[2:]:
-            raise ValueError("masks are for the whole picture, and a conditioning has an area; take off one of them.")
         each = [on_tokens(fit(mask, shape), target) for mask in self.masks]
         size = max(map(len, each))
         return torch.stack([m.expand(size, -1) for m in each], 1)
