@@ -4,8 +4,9 @@
     adapter_faceid.safetensors   layout of the public FaceID files; takes the reader's identity
 
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
-text encoder makes of its caption, which costs next to nothing; then both learn from the eps error. What the text names
-may differ from the reference: there the text is right.
+text encoder makes of its caption, which costs next to nothing; then both learn from the eps error and from what a judge
+of faces says of their clean estimates (geometry.py). What the text names may differ from the reference: there the text
+is right.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ...patches.shared.reference import in_file_order
 from ..identity import projectors
 from ..identity.adapter import Network
-from . import common, data, edit, load, vision
+from . import common, data, edit, geometry, load, vision
 from .captions import phrases, random_phrases
 from .portrait import FACTORS, Portrait, draw
 from .reader import load_reader
@@ -33,6 +34,7 @@ CAPTIONS = 3000  # portraits whose captions it learns to say
 PHRASE = (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 7)  # of the caption that names each factor
 SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two for the end; the others are free
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
+LATEST = 850  # time after which the clean estimate shows no face to judge
 
 
 def resampler_shapes():
@@ -93,6 +95,7 @@ class Trainer(Stage):
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
         self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+        self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
 
     def parts(self):
         """{name: network} that is trained beside projector and layers, on the device."""
@@ -139,9 +142,10 @@ class Trainer(Stage):
             tokens = self.model.image_proj(self.reference(looked, given))
             control = self.control(x, t, tokens, [self.portraits[i] for i in at])
             options = self.add(tokens)
-            eps = self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options)
-        error = (eps.float() - noise).square().mean((1, 2, 3))
-        return self.balance(error, t), {"eps_error": error.detach().mean()}
+            eps = self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
+        error = (eps - noise).square().mean((1, 2, 3))
+        face = self.faces.error(z + sigma * (noise - eps), at, given & (t < LATEST))
+        return self.balance(error, t) + face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
 
     def export(self, out):
         """fp16, in the layout of the public files."""

@@ -114,7 +114,8 @@ keys and values begin as its own for the text, the eps error as of the UNet. The
 a portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
 (50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
 adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without
-face.
+face. Stage geometry: a judge that reads face geometry and factors off latents; from then on adapters are also trained
+so that it finds the reference's face in their clean estimates (the shipped plus and FaceID adapters are older).
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents.
 
 | stage | steps | samples | minutes | last logged |

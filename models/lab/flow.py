@@ -2,7 +2,7 @@
 
     adapter_dit.safetensors   tokens of the picture as a whole, keys and values of all blocks; models/identity/joint.py
 
-What text and reference say in training is as for the plus adapter (adapters.py).
+What text and reference say in training, and who judges faces, is as for the plus adapter (adapters.py).
 """
 
 import numpy as np
@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from ...patches.shared.jointreference import rms
 from ..identity.joint import INSTANTX, Network
-from . import adapters, common, data, edit, load, vision
+from . import adapters, common, data, edit, geometry, load, vision
 from .dit import network, plain_attention, times, trainable
 from .portrait import draw
 from .stage import Stage
 from .text import Vocabulary
 
 TOKENS, INNER = 16, 256
+LATEST = 0.85  # time after which the clean estimate shows no face to judge
 
 
 class Trainer(Stage):
@@ -34,6 +35,7 @@ class Trainer(Stage):
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
         self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+        self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
 
     choose = adapters.Plus.choose
 
@@ -97,9 +99,10 @@ class Trainer(Stage):
         x = self.base.model_sampling.noise_scaling(t.view(-1, 1, 1, 1), noise, z)
         with common.autocast():
             tokens = self.tokens(self.reference(looked, given))
-            v = self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens))
-        error = (v.float() - (noise - z)).square().mean()
-        return error, {"velocity_error": error.detach()}
+            v = self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens)).float()
+        error = (v - (noise - z)).square().mean()
+        face = self.faces.error(x - t.view(-1, 1, 1, 1) * v, at, given & (t < LATEST))
+        return error + face, {"velocity_error": error.detach(), "face_error": face.detach()}
 
     def export(self, out):
         """fp16, in the layout of the public file."""

@@ -1,7 +1,6 @@
 """A stage of the training with a budget of processor time: what vision.py and adapters.py share. Resumable."""
 
 import random
-import time
 
 import torch
 
@@ -43,8 +42,8 @@ class Stage:
 
     def run(self, budget, batch):
         """Train until `budget` seconds of processor time have been spent in all; the learning rate is zero then."""
-        begun, clock, seen, names = round(self.seconds), time.process_time, [], ()
-        log = common.Log(self.path.stem, round(budget), begun, batch, self.seconds, clock)
+        begun, seen, names = round(self.seconds), [], ()
+        log = common.Log(self.path.stem, round(budget), begun, batch, self.seconds)
         while log.seconds < budget:
             self.progress = log.seconds / budget
             self.optimiser.set_rate(self.lr * common.schedule(self.progress, hold=0.5))

@@ -12,6 +12,7 @@
     python models/lab/train.py export              fp16 safetensors beside this file
     python models/lab/train.py edit                teach the exported Lab-UNet to edit pictures; exports itself
     python models/lab/train.py vision              the image encoder; exports itself, as all below
+    python models/lab/train.py geometry            a judge of faces for the adapters' training; exports nothing
     python models/lab/train.py adapter             IP-Adapter (plus) for the exported Lab-UNet and the image encoder
     python models/lab/train.py faceid              FaceID adapter for the exported Lab-UNet and the reader
     python models/lab/train.py instantid           InstantID for the exported Lab-UNet and the reader
@@ -20,8 +21,9 @@
     python models/lab/train.py pulid               PuLID for the exported Lab-DiT, the reader and the image encoder
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
-Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes in all, with the
-learning rate at zero; the defaults are what the shipped weights were given on one core of a CPU with bf16 instructions.
+Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes of processor time in
+all, with the learning rate at zero; the defaults are what the shipped weights were given on one core of a CPU with bf16
+instructions.
 Weights of a stage and its optimiser lie in --work; the log is weights/training.csv.
 """
 
@@ -32,11 +34,12 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "adapter",
-          "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "eval")  # fmt: skip
-MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "adapter": 7, "faceid": 4,
-           "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15}
-OWN = {"instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer", "pulid": "pulid"}  # modules
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "geometry",
+          "adapter", "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "eval")  # fmt: skip
+MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "geometry": 4, "adapter": 7,
+           "faceid": 4, "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15}
+OWN = {"geometry": "geometry", "instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer",
+       "pulid": "pulid"}  # modules  # fmt: skip
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "instantid",
          "adapter-dit", "fastcomposer", "pulid", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
          "dit-seconds", "megabytes")  # fmt: skip

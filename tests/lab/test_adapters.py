@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import adapters, common, data, edit, likeness, load
+from steer.models.lab import adapters, common, data, likeness, load
 from steer.models.lab.captions import parse
 from steer.models.lab.portrait import FACTORS, Portrait
 from steer.models.lab.reader import load_reader
@@ -66,19 +66,18 @@ def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
     assert on["obeyed"] > 0.93
 
 
-def test_the_steps_of_its_training(tmp_path, monkeypatch):
+def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
     """Both kinds train every part, resume and export a file that the loader reads."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     monkeypatch.setattr(adapters, "CAPTIONS", 100)
-    edit.build(tmp_path, 5)
     for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "portrait")):
-        begun = {k: v.clone() for k, v in which(tmp_path).model.state_dict().items()}
-        adapters.train(tmp_path, 3, which, batch=4)
-        first = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        begun = {k: v.clone() for k, v in which(work).model.state_dict().items()}
+        adapters.train(work, 3, which, batch=4)
+        first = torch.load(work / f"{name}.ckpt", weights_only=True)
         assert first["step"] > 3
         assert [k for k, v in first["model"].items() if torch.equal(v, begun[k])] == []
-        adapters.train(tmp_path, 4, which, batch=4)
-        again = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        adapters.train(work, 4, which, batch=4)
+        again = torch.load(work / f"{name}.ckpt", weights_only=True)
         assert again["step"] > first["step"] and again["seconds"] >= 4
         adapter = files.load(str(tmp_path / f"{name}.safetensors"))
         assert adapter.variant == variant

@@ -7,18 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import common, edit, fastcomposer, load, persons
+from steer.models.lab import common, fastcomposer, load, persons
 from steer.models.lab.captions import parse, phrases
 from steer.models.lab.portrait import FACTORS, Portrait, draw
 from steer.models.lab.reader import load_reader
 from steer.patches.identity import fastcomposer as method
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    edit.build(folder, 5)
-    return folder
 
 
 @pytest.fixture(scope="module")

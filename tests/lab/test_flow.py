@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.identity.joint import INSTANTX
-from steer.models.lab import common, dit, edit, evaluate, flow, likeness, load
+from steer.models.lab import common, dit, evaluate, flow, likeness, load
 from steer.models.lab.captions import phrases
 from steer.models.lab.portrait import draw
 from steer.models.lab.reader import load_reader
@@ -14,13 +14,6 @@ from steer.patches.identity import ipadapter
 from steer.patches.shared.schedule import Schedule
 
 from nodes import CLIPTextEncode
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    edit.build(folder, 5)
-    return folder
 
 
 @pytest.fixture(scope="module")

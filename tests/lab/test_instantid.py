@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import common, edit, instantid, likeness, load
+from steer.models.lab import common, instantid, likeness, load
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import LabRecogniser, keypoints
 from steer.models.lab.portrait import FACTORS, Portrait, draw
@@ -16,13 +16,6 @@ from steer.patches.identity import instantid as method
 from steer.patches.shared.schedule import Schedule
 
 from nodes import CLIPTextEncode
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    edit.build(folder, 5)
-    return folder
 
 
 @pytest.fixture(scope="module")

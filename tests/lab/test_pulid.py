@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.identity.pulid import FLUX
-from steer.models.lab import common, dit, edit, evaluate, likeness, load, pulid
+from steer.models.lab import common, dit, evaluate, likeness, load, pulid
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import keypoints
 from steer.models.lab.portrait import FACTORS, draw
@@ -16,13 +16,6 @@ from steer.patches.shared.face import Face
 from steer.patches.shared.schedule import Schedule
 
 from nodes import CLIPTextEncode
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    edit.build(folder, 5)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,13 @@
+import pytest
+from steer.models.lab import common, edit, geometry
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work folder with five pairs of portraits and a judge of faces that was trained for a moment."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "WEIGHTS", folder)
+        edit.build(folder, 5)
+        geometry.train(folder, 1, batch=4)
+    return folder

@@ -1,0 +1,33 @@
+"""The judge of faces learns to read latents, and asks for the face of the portrait where it is told to judge."""
+
+import pytest
+import torch
+from steer.models.lab import common, data, geometry
+
+
+def test_learns_resumes_and_is_found(tmp_path, monkeypatch, work):
+    monkeypatch.setattr(common, "WEIGHTS", tmp_path)
+    first = geometry.Geometry(work)
+    geometry.train(work, 4, batch=10)
+    again = geometry.Geometry(work)
+    assert again.step > first.step > 0
+    portraits = [p for n in range(5) for p in data.edit(n)[:2]]
+    faces = geometry.Faces(work, portraits, 0.5)
+    everyone, z = torch.ones(10, dtype=torch.bool), again.z * 0.5
+    right = faces.error(z, list(range(10)), everyone)
+    wrong = faces.error(z.roll(2, 0), list(range(10)), everyone)
+    assert right < 0.5 * wrong
+    assert faces.error(z, list(range(10)), ~everyone) == 0
+
+
+def test_a_slope_comes_only_from_what_is_judged(work):
+    faces = geometry.Faces(work, [data.edit(0)[0]] * 4, 1.0)
+    z = torch.randn(4, 4, 16, 16, requires_grad=True)
+    judged = torch.tensor([True, False, True, False])
+    (slope,) = torch.autograd.grad(faces.error(z, [0, 1, 2, 3], judged), z)
+    assert [bool(each.any()) for each in slope] == judged.tolist()
+
+
+def test_says_which_stage_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the stage geometry before"):
+        geometry.Faces(tmp_path, [], 1.0)
