@@ -1,29 +1,24 @@
 """Classifier guidance (Dhariwal and Nichol 2021, arXiv 2105.05233)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ..shared.decode import stored
-from ..shared.energy import FLOOR, Energy, carried, open_share
+from ..shared.energy import FLOOR, carried, open_share
 from ..shared.gradient import gradients, own
-from ..shared.scorer import Scorer
 from ..shared.steering import steer
+from .reward import Reward
 
 
 @dataclass(frozen=True)
-class ClassifierGuidance(Energy):
+class ClassifierGuidance(Reward):
     """D + w (s^2 / a) d log p(y | x) / dx, the mean of the clean picture given x and y for w = 1.
 
     The paper's classifier knows noisy latents: `Noisy` in scorer.py. One that knows clean pictures, any `Scorer` of
     log-probabilities, is asked about D, by the slope at D or through the network.
     """
 
-    scorer: Scorer = field(default=None)
     node = "SteerClassifierGuidance"
-
-    def uses(self):
-        return tuple(getattr(self.scorer, "patchers", ()))
 
     @property
     def noisy(self):
@@ -31,9 +26,6 @@ class ClassifierGuidance(Energy):
 
     def traces(self, call):
         return not self.noisy and super().traces(call)
-
-    def loss(self, D, call):
-        return -self.scorer(stored(call.run.model.model, D)).float()
 
     def energy(self, denoised, call, weight):
         if not self.noisy:
@@ -44,12 +36,8 @@ class ClassifierGuidance(Energy):
         with gradients(*self.uses()):
             x = own(call.x).float().requires_grad_()
             (slope,) = torch.autograd.grad(self.scorer(x, own(call.sigma)).sum(), x)
-        factor = s**2 / a.clamp(min=FLOOR)
-        if self.push.norm == "unit":
-            dims = tuple(range(1, slope.ndim))
-            length = slope.square().mean(dims, keepdim=True).sqrt()
-            slope, factor = slope / length.clamp(min=1e-20), s / (a**2 + s**2).sqrt() * spread
-        return (slope * factor * (self.push.strength * weight) * mask).to(denoised)
+        unit = s / (a**2 + s**2).sqrt() * spread
+        return (self.push.step(slope, s**2 / a.clamp(min=FLOOR), unit, mask) * weight).to(denoised)
 
 
 def apply(model, scorer, push, schedule):

@@ -44,9 +44,12 @@ class Measurement(Energy):
             fits(self.decoder, run)
         if len(self.y) not in (1, run.size):
             raise ValueError(f"there are {len(self.y)} measurements for a batch of {run.size}; give one, or as many.")
-        cells, n = run.shape[-2:], 1 if self.decoder is None else self.decoder.factor
-        channels = run.shape[1] if self.decoder is None else 3
-        self.residual(torch.zeros(1, channels, *(n * size for size in cells)))
+        self.residual(torch.zeros(self.seen(run)))
+
+    def seen(self, run):
+        """Shape [1, C, H, W] of what is measured in a run."""
+        n = 1 if self.decoder is None else self.decoder.factor
+        return 1, run.shape[1] if self.decoder is None else 3, *(n * size for size in run.shape[-2:])
 
     def residual(self, x):
         """A x - y [B, ...]; ValueError where the shapes do not belong together."""
@@ -78,6 +81,10 @@ class Measurement(Energy):
 @dataclass(frozen=True)
 class Projection(Measurement):
     """Hard consistency: no slope, and no graph."""
+
+    def prepare(self, run):
+        super().prepare(run)
+        projects(self.operator, torch.rand(self.seen(run), generator=torch.Generator().manual_seed(0)))
 
     def traces(self, call):
         return False
@@ -118,16 +125,13 @@ def apply(model, operator, push, schedule, mode="soft", sigma_y=0.0, image=None,
         its = None if image is None else decoder(vae)
         given = latent if image is None else image[..., :3].movedim(-1, 1).float()
         y = operator(given) if measure else given
-        if mode == "hard":
-            projects(operator, y, given if measure else None)
         return carried(model, kind(schedule, push, operator, sigma_y, digest(y), y, its))
 
 
-def projects(operator, y, like):
-    """Raises ValueError unless A(A^+ y) = y, so that a projection meets it."""
-    if like is None:  # what was measured is of the right size only when the run is known
-        return
-    off = float((operator(operator.pinv(y, like)) - y).abs().max())
+def projects(operator, x):
+    """Raises ValueError unless A(A^+ A x) = A x, so that a projection meets what was measured."""
+    y = operator(x)
+    off = float((operator(operator.pinv(y, x)) - y).abs().max())
     if off > EXACT * max(1.0, float(y.abs().max())):
         raise ValueError(
             f"this chain of operators has no inverse that meets what was measured (it is off by {off:.3g}); set mode "

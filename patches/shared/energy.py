@@ -51,6 +51,15 @@ class Push:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
 
+    def step(self, slope, factor, unit, mask):
+        """What `slope` [B, C, ...] moves D by: times `factor`, or made of the length `unit`, a mean inside the mask."""
+        if self.norm == "unit":
+            dims = tuple(range(1, slope.ndim))
+            square = (slope.square() * mask).sum(dims, keepdim=True)
+            length = (square / mask.expand_as(slope).sum(dims, keepdim=True).clamp(min=1e-12)).sqrt()
+            slope, factor = slope / length.clamp(min=1e-20), unit
+        return slope * factor * self.strength * mask
+
 
 def push(strength=1.0, gradient="estimate", norm="unit", every=1, recurrence=1, mask=None):
     """A `Push`. mask: MASK [b, h, w], or None."""
@@ -101,7 +110,7 @@ class Energy(Term):
     def energy(self, denoised, call, weight):
         if not self.due(call):
             return None
-        push, dims = self.push, tuple(range(1, denoised.ndim))
+        push = self.push
         a, s, spread, mask = open_share(denoised, call, push.mask)
         r = s / (a**2 + s**2).sqrt()
         shift = torch.zeros_like(denoised, dtype=torch.float32)
@@ -111,11 +120,7 @@ class Energy(Term):
                 factor = r**2
                 if push.gradient == "network":
                     slope, factor = vjp(*call.graph, slope), s**2 / a.clamp(min=FLOOR)
-                if push.norm == "unit":
-                    square = (slope.square() * mask).sum(dims, keepdim=True)
-                    length = (square / mask.expand_as(slope).sum(dims, keepdim=True).clamp(min=1e-12)).sqrt()
-                    slope, factor = slope / length.clamp(min=1e-20), r * spread
-                shift = shift - slope * factor * (push.strength * weight) * mask
+                shift = shift - push.step(slope, factor, r * spread, mask) * weight
         return shift.to(denoised)
 
 

@@ -53,6 +53,15 @@ class Known:
         return (-square / (2 * (STD**2 + s**2))).log_softmax(1)[:, self.which]
 
 
+class Ramp:
+    """Steeper to the right."""
+
+    noisy, patchers = True, ()
+
+    def __call__(self, x, sigma):
+        return (x * torch.arange(x.shape[-1])).flatten(1).sum(1)
+
+
 @pytest.fixture(scope="module")
 def mixture():
     class Model(comfy.model_base.BaseModel):
@@ -98,6 +107,8 @@ def test_unit_norm_a_mask_and_every(mixture):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 32:] = 1
     assert torch.equal(once(steered(mixture, Known(1), mask=mask), cfg=1.0)[..., :4], D[..., :4])
+    inside = (once(steered(mixture, Ramp(), 0.3, "unit", mask=mask), cfg=1.0) - D)[..., 4:]
+    assert float(inside.square().mean().sqrt()) == pytest.approx(length, rel=1e-3)
     start, first = toy.noise(**SMALL), toy.sigmas(mixture, 4)
     percent = [Schedule(0.0, 1.0), Schedule(0.0, 1e-3)]  # the second: the first step alone
     every, alone = (

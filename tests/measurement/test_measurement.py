@@ -189,6 +189,8 @@ def test_bad_input_raises_before_sampling(model):
             (dict(sigma_y=-1.0), "sigma_y -1.0 must be"),
             (dict(op=blur, mode="hard"), "blur has no inverse"),
             (dict(op=behind, mode="hard"), "no inverse that meets what was measured"),
+            (dict(op=blur, mode="hard", measure=False), "blur has no inverse"),
+            (dict(op=behind, mode="hard", measure=False, latent=latent[..., :4, :4]), "no inverse that meets"),
             (dict(latent=toy.noise(50, 3, **SMALL)), "there are 3 measurements for a batch of 1"),
             (dict(latent=toy.noise(50)), "has the shape .* make it in the size of the measurement"),
         ):
