@@ -63,6 +63,15 @@ def cross(unet):
     return [(tuple(layer), attention) for layer, _, attention in in_file_order(unet)]
 
 
+def examples(stage, size):
+    """A batch for an adapter: (places of portraits, latents, rows of texts, references, which of them are given)."""
+    at = stage.rng.choices(range(len(stage.z)), k=size)
+    chosen = [stage.choose(stage.portraits[i]) for i in at]
+    rows = torch.tensor([stage.vocabulary.encode(parts) for parts, _ in chosen], device=stage.z.device)
+    given = torch.tensor([p is not None for _, p in chosen], device=stage.z.device)
+    return at, stage.z[at], rows, [p or stage.portraits[0] for _, p in chosen], given
+
+
 class Trainer(Stage):
     """A subclass says what `projector` is, and makes `reference`s.
 
@@ -129,11 +138,7 @@ class Trainer(Stage):
         return {"patches_replace": {"attn2": made}}
 
     def loss(self, size):
-        at = self.rng.choices(range(len(self.z)), k=size)
-        z, chosen = self.z[at], [self.choose(self.portraits[i]) for i in at]
-        rows = torch.tensor([self.vocabulary.encode(parts) for parts, _ in chosen], device=z.device)
-        looked = [p or self.portraits[0] for _, p in chosen]
-        given = torch.tensor([p is not None for _, p in chosen], device=z.device)
+        at, z, rows, looked, given = examples(self, size)
         sampling = self.base.model_sampling
         t = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999).to(z.device)
         sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)

@@ -4,7 +4,8 @@
                                        tuned: its transformers
 
 A scene is two portraits side by side, 256 x 128, which Lab-UNet never saw. The prompt says a few factors of each; the
-word "person" of each is fused with a picture of that person, who looks otherwise in what the prompt says.
+word "person" of each is fused with a picture of that person, who looks otherwise in what the prompt says. It learns
+from the eps error and from what a judge of faces says of each half (geometry.py).
 """
 
 from dataclasses import replace
@@ -16,7 +17,8 @@ from comfy.utils import unet_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from ..identity.fastcomposer import ENCODER, FUSE, Network
-from . import common, data, edit, load
+from . import common, data, edit, geometry, load
+from .adapters import LATEST
 from .captions import phrases
 from .portrait import FACTORS, draw
 from .stage import Stage
@@ -80,6 +82,7 @@ class Trainer(Stage):
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
         self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+        self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
 
     @torch.no_grad()
     def seen(self, portraits):
@@ -91,7 +94,7 @@ class Trainer(Stage):
         return self.network.embed(pixels)[:, 0]
 
     def text(self, pairs):
-        """The context of prompts about two portraits each, and which of them hold pictures [B]."""
+        """(context of prompts about two portraits each, which of the prompts hold pictures [B])."""
         said, looked, given = [], [], []
         for pair in pairs:
             two = [told(p, self.rng) for p in pair]
@@ -105,7 +108,7 @@ class Trainer(Stage):
         ids = self.seen(looked).unflatten(0, (-1, 2))[given].flatten(0, 1)
         context = context.clone()
         context[at] = self.network.fuse(context[at], ids).to(context.dtype)
-        return context
+        return context, given
 
     def loss(self, size):
         size = size // 2
@@ -116,10 +119,12 @@ class Trainer(Stage):
         sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)
         x = sampling.calculate_input(sigma, z + sigma * noise)
         with common.autocast():
-            context = self.text([[self.portraits[i] for i in pair] for pair in at])
-            eps = self.unet(x, t.float(), context, transformer_options={})
-        error = (eps.float() - noise).square().mean((1, 2, 3))
-        return self.balance(error, t), {"eps_error": error.detach().mean()}
+            context, given = self.text([[self.portraits[i] for i in pair] for pair in at])
+            eps = self.unet(x, t.float(), context, transformer_options={}).float()
+        error = (eps - noise).square().mean((1, 2, 3))
+        clean, judged = z + sigma * (noise - eps), (given & (t < LATEST)).repeat_interleave(2)
+        face = self.faces.error(torch.stack(clean.chunk(2, -1), 1).flatten(0, 1), sum(at, []), judged)
+        return self.balance(error, t) + face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
 
     def export(self, out):
         """fp16, in the layout of the public file."""

@@ -90,11 +90,7 @@ class Trainer(Stage):
         return {"patches": {"attn1_patch": [ask], "attn1_output_patch": [answer]}}
 
     def loss(self, size):
-        at = self.rng.choices(range(len(self.z)), k=size)
-        z, chosen = self.z[at], [self.choose(self.portraits[i]) for i in at]
-        rows = torch.tensor([self.vocabulary.encode(parts) for parts, _ in chosen], device=z.device)
-        looked = [p or self.portraits[0] for _, p in chosen]
-        given = torch.tensor([p is not None for _, p in chosen], device=z.device)
+        at, z, rows, looked, given = adapters.examples(self, size)
         t, noise = times(size, z.device), torch.randn_like(z)
         x = self.base.model_sampling.noise_scaling(t.view(-1, 1, 1, 1), noise, z)
         with common.autocast():

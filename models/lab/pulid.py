@@ -2,8 +2,8 @@
 
     adapter_pulid.safetensors   takes the reader's identity, and what the lab's image encoder sees in place of EVA-CLIP
 
-The reference is another picture of the person, as for FaceID (adapters.py). Trained by the error of the velocity alone:
-PuLID's alignment of what is drawn with and without it has no part here.
+The reference is another picture of the person, as for FaceID (adapters.py). Trained as the adapter of flow.py: PuLID's
+alignment of what is drawn with and without it has no part here.
 """
 
 import numpy as np

@@ -13,7 +13,6 @@ from ..shared.steering import blame, number, steer
 from ..shared.words import encode
 
 DEPTHS = (4, 8, 12, 16)  # layers after which hidden states are taken, behind those of the last
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pixels
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def states_of(clip_vision, images):
     size = clip_vision.image_size
     pixels = images[..., :3].movedim(-1, 1).float().cpu()  # not every device has the bicubic filter
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(t).to(pixels)[:, None, None] for t in (MEAN, STD))
+    mean, std = (torch.tensor(t).to(pixels)[:, None, None] for t in (clip_vision.image_mean, clip_vision.image_std))
     pixels = ((pixels - mean) / std).to(clip_vision.load_device)
     with torch.no_grad():
         last, between, *_ = clip_vision.model(pixel_values=pixels, intermediate_output="all")

@@ -51,7 +51,8 @@ def test_is_trained_as_the_node_applies_it(exported, monkeypatch):
     sigma = sampling.sigma_max.view(1, 1, 1, 1)
     x = sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
     with torch.no_grad():
-        context = trainer.text([pair])
+        context, given = trainer.text([pair])
+        assert given.all()
         eps = trainer.unet(sampling.calculate_input(sigma, x), torch.tensor([999.0]), context, transformer_options={})
     expected = trainer.base.latent_format.process_out(sampling.calculate_denoised(sigma, eps, x))
     out = host(steered, positive)
@@ -119,6 +120,22 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     assert again["step"] > first["step"] and again["seconds"] >= 5
     weights = load_file(tmp_path / "adapter_fastcomposer.safetensors")
     assert torch.equal(weights["postfuse_module.mlp1.fc1.weight"], again["average"]["fuse.mlp1.fc1.weight"].half())
+
+
+def test_each_half_is_judged_by_its_own_person(work, monkeypatch):
+    asked, trainer = [], fastcomposer.Trainer(work, name="judged")
+    error = trainer.faces.error
+    monkeypatch.setattr(trainer.faces, "error", lambda *given: asked.append(given) or error(*given))
+    with torch.no_grad():
+        loss, said = trainer.loss(16)
+    ((clean, at, judged),) = asked
+    assert clean.shape == (16, 4, 16, 16) and len(at) == 16 and 0 < judged.sum() < 16
+    assert judged.view(-1, 2).all(1).tolist() == judged.view(-1, 2).any(1).tolist()
+    z = trainer.z[at]
+    swapped = z.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    own, other = ((clean - these).square()[judged].mean() for these in (z, swapped))
+    assert own < 0.5 * other
+    assert float(said["face_error"]) > 0
 
 
 def test_what_the_bench_draws(exported):

@@ -18,6 +18,9 @@ def test_learns_resumes_and_is_found(tmp_path, monkeypatch, work):
     wrong = faces.error(z.roll(2, 0), list(range(10)), everyone)
     assert right < 0.5 * wrong
     assert faces.error(z, list(range(10)), ~everyone) == 0
+    with common.autocast():
+        read = faces.judge(again.z)[1]  # halving and doubling are exact
+    assert torch.equal(right, (read - again.measures).square().mean())
 
 
 def test_a_slope_comes_only_from_what_is_judged(work):
