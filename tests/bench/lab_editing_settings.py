@@ -43,5 +43,7 @@ SETTINGS = [
     ("KV Reuse, re_init", BOTH, steered(lambda lab, path: kvreuse(lab, path, re_init=True))),
     ("DDCM", ("unet",), lambda lab, *run: unified(lab, "DDCM", *run)),
     ("DDCM, unified attention 0.5", ("unet",), lambda lab, *run: unified(lab, "DDCM", *run, (0.3, 0.5, 0.5))),
+    ("DDCM, words for 0.7, blended at 0.6", ("unet",), lambda lab, *run: unified(
+        lab, "DDCM", *run, (0.0, 1.0, 1.0), 0.7, 0.6)),
     ("FlowEdit, unified attention 0.5", BOTH, lambda lab, *run: unified(lab, "FlowEdit", *run, (0.3, 0.5, 0.5))),
 ]
