@@ -12,6 +12,7 @@ FACES = "insightface"
 SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 LAB = Path(__file__).parents[1] / "models" / "lab" / "weights"
 LAB_MARK, PREFIX = " [lab]", "adapter"  # the lab's files are named adapter*.safetensors
+LAB_EYES = f"vision.safetensors{LAB_MARK}"
 
 
 def register():
@@ -27,8 +28,9 @@ def found():
 
 
 def eva_clips():
-    """Names of files that may be EVA-CLIP: all of models/clip_vision, of the other folders those that say so."""
-    return [name for name in _names(EVA_CLIP) if not name.endswith("]") or "eva" in name.lower()]
+    """Names of files that may be EVA-CLIP: all of models/clip_vision, of the other folders those that say so; and what
+    the lab has in its place."""
+    return [name for name in _names(EVA_CLIP) if not name.endswith("]") or "eva" in name.lower()] + [LAB_EYES]
 
 
 def path_of(file, folders=FOLDERS):

@@ -47,9 +47,9 @@ class Eyes:
 
     @torch.no_grad()
     def see(self, images):
-        """(embedding [n, E], five states [n, 17, width]) of images [n, h, w, 3] in 0..1."""
-        embedding, states = vision.states(self.network, images.float())
-        return embedding, states
+        """(embedding [n, E], five states [n, 17, width]) of images [n, h, w, 3] in 0..1, on the CPU."""
+        embedding, states = vision.states(self.network, images.float().to(common.device()))
+        return embedding.cpu(), [x.cpu() for x in states]
 
 
 class Trainer(flow.Trainer):
@@ -82,9 +82,9 @@ class Trainer(flow.Trainer):
         images = torch.from_numpy(np.stack([draw(p) for p in portraits])).float() / 255
         who = self.reader(images.movedim(-1, 1).to(given.device))[2]
         at = torch.stack([keypoints(p) for p in portraits])
-        embedding, states = self.eyes.see(shown(Face(who, at, images)).to(given.device))
-        who = torch.cat((who, normalize(embedding, dim=-1)), 1) * given[:, None]
-        return who, torch.stack(states, 1) * given[:, None, None, None]
+        embedding, states = self.eyes.see(shown(Face(who, at, images)))
+        who = torch.cat((who, normalize(embedding, dim=-1).to(who)), 1) * given[:, None]
+        return who, torch.stack(states, 1).to(who) * given[:, None, None, None]
 
     def tokens(self, seen):
         each = torch.func.vmap(lambda who, states: self.model.image_proj(who[None], states[None])[0])

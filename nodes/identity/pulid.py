@@ -90,7 +90,8 @@ class LoadEVACLIP(io.ComfyNode):
                     "file",
                     options=adapters.eva_clips(),
                     tooltip="EVA02_CLIP_L_336_psz14_s6B in models/clip_vision; files with eva in the name from "
-                    "models/text_encoders, clip and eva_clip are listed too.",
+                    "models/text_encoders, clip and eva_clip are listed too. vision.safetensors [lab] is the lab's "
+                    "image encoder, for the lab's PuLID alone.",
                 ),
             ],
             outputs=[io.Custom("STEER_EVA_CLIP").Output(display_name="eva_clip", tooltip="For SteerPuLID.")],
@@ -112,6 +113,10 @@ class LoadEVACLIP(io.ComfyNode):
         path = adapters.path_of(file, adapters.EVA_CLIP)
         if path is None:
             raise ValueError(f"SteerLoadEVACLIP: there is no file {file!r}; put it into models/clip_vision.")
+        if file == adapters.LAB_EYES:
+            from ...models.lab.pulid import Eyes
+
+            return io.NodeOutput(Eyes())
         try:
             return io.NodeOutput(evaclip.load(str(path)))
         except ValueError as error:

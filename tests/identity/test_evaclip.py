@@ -117,8 +117,12 @@ def test_the_node_lists_folders_and_reads_files(tmp_path, monkeypatch):
                  "eva_clip/b.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(oracle_eva.file(), tmp_path / name)
-    assert adapters.eva_clips() == ["a.safetensors", "EVA02.safetensors [text_encoders]", "b.safetensors [eva_clip]"]
-    for file in adapters.eva_clips():
+    *files, lab = adapters.eva_clips()
+    assert files == ["a.safetensors", "EVA02.safetensors [text_encoders]", "b.safetensors [eva_clip]"]
+    assert LoadEVACLIP.validate_inputs(lab) is True
+    embedding, states = LoadEVACLIP.execute(lab).args[0].see(pictures()[:1])
+    assert embedding.shape == (1, 128) and [x.shape for x in states] == 5 * [(1, 17, 192)]
+    for file in files:
         assert LoadEVACLIP.validate_inputs(file) is True
         (made,) = LoadEVACLIP.execute(file).args
         assert made.size == SIZE and made.name == file.split(" [")[0]
