@@ -5,7 +5,8 @@
 
 A scene is two portraits side by side, 256 x 128, which Lab-UNet never saw. The prompt says a few factors of each; the
 word "person" of each is fused with a picture of that person, who looks otherwise in what the prompt says. It learns
-from the eps error and from what a judge of faces says of each half (geometry.py).
+from the eps error, from what a judge of faces says of each half (geometry.py), and as in the paper (section 4.2) from
+where the network looks at each of the words: it should do so in that person's half.
 """
 
 from dataclasses import replace
@@ -18,16 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from ..identity.fastcomposer import ENCODER, FUSE, Network
 from . import common, data, edit, geometry, load
-from .adapters import LATEST
+from .adapters import LATEST, cross
 from .captions import phrases
 from .portrait import FACTORS, draw
 from .stage import Stage
 from .text import Vocabulary
-from .unet import Balance, swapped
+from .unet import Balance, plain_attention, swapped
 
 INNER = 256  # of the fusing network
 WORD, MOST = "person", 3  # what is fused; factors that are said of a person at most, so that two fit into a prompt
 NO_TEXT, NO_IMAGE = 0.1, 0.1
+PLACES = 0.2  # weight of what is looked at from the other person's half
 
 
 def fusing_shapes():
@@ -71,6 +73,7 @@ class Trainer(Stage):
         unet.requires_grad_(False)
         tuned = {name.replace(".", "/"): module for name, module in unet.named_modules()
                  if type(module).__name__ == "SpatialTransformer"}
+        self.blocks = [block for block, _ in cross(unet)]
         self.unet, self.vocabulary, self.encoder = unet._forward, Vocabulary(), edit.text_encoder()
         self.row = self.vocabulary.rows[self.vocabulary.tokenizer.tokenizer(WORD)["input_ids"][1]]
         self.network = network(self.encoder)
@@ -94,7 +97,7 @@ class Trainer(Stage):
         return self.network.embed(pixels)[:, 0]
 
     def text(self, pairs):
-        """(context of prompts about two portraits each, which of the prompts hold pictures [B])."""
+        """(context of prompts about two portraits each, rows and columns of the words that hold pictures [2 G])."""
         said, looked, given = [], [], []
         for pair in pairs:
             two = [told(p, self.rng) for p in pair]
@@ -108,7 +111,25 @@ class Trainer(Stage):
         ids = self.seen(looked).unflatten(0, (-1, 2))[given].flatten(0, 1)
         context = context.clone()
         context[at] = self.network.fuse(context[at], ids).to(context.dtype)
-        return context, given
+        return context, at
+
+    def watched(self, at, shares):
+        """transformer_options under which every cross-attention adds to `shares`: how much of what looks at a word of
+        `at` lies in the other person's half."""
+        rows, columns = at
+
+        def attend(q, k, v, extra):
+            heads = extra["n_heads"]
+            asking, asked = (t[rows].unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
+            seen = (asking @ asked.mT * asking.shape[-1] ** -0.5).softmax(-1).mean(1)
+            seen = seen[torch.arange(len(rows)), :, columns]
+            high = round((seen.shape[1] / 2) ** 0.5)
+            left, right = seen.unflatten(1, (high, 2, high)).sum((1, 3)).view(-1, 2, 2).unbind(2)
+            own, other = left[:, 0] + right[:, 1], left[:, 1] + right[:, 0]
+            shares.append((other / (own + other)).float())
+            return plain_attention(q, k, v, heads)
+
+        return {"patches_replace": {"attn2": dict.fromkeys(self.blocks, attend)}}
 
     def loss(self, size):
         size = size // 2
@@ -119,12 +140,16 @@ class Trainer(Stage):
         sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)
         x = sampling.calculate_input(sigma, z + sigma * noise)
         with common.autocast():
-            context, given = self.text([[self.portraits[i] for i in pair] for pair in at])
-            eps = self.unet(x, t.float(), context, transformer_options={}).float()
+            context, words = self.text([[self.portraits[i] for i in pair] for pair in at])
+            shares = []
+            eps = self.unet(x, t.float(), context, transformer_options=self.watched(words, shares)).float()
         error = (eps - noise).square().mean((1, 2, 3))
+        elsewhere = torch.cat(shares).mean() if len(words[0]) else error.new_zeros(())
+        given = torch.zeros_like(t, dtype=torch.bool).index_fill(0, words[0], True)
         clean, judged = z + sigma * (noise - eps), (given & (t < LATEST)).repeat_interleave(2)
         face = self.faces.error(torch.stack(clean.chunk(2, -1), 1).flatten(0, 1), sum(at, []), judged)
-        return self.balance(error, t) + face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
+        said = {"eps_error": error.mean(), "face_error": face, "elsewhere": elsewhere}
+        return self.balance(error, t) + face + PLACES * elsewhere, {k: v.detach() for k, v in said.items()}
 
     def export(self, out):
         """fp16, in the layout of the public file."""
