@@ -12,10 +12,10 @@ import node_helpers
 import numpy as np
 import torch
 
-from . import data, vae
+from . import data, timing, vae
 from .captions import caption
 from .card import card, last_rows
-from .load import load_model, load_vae
+from .load import TIMES, load_model, load_vae
 from .portrait import FACTORS, SIZE, draw
 from .reader import load_reader
 from .reading import pair, reconstruct
@@ -244,6 +244,7 @@ MEASURES = {
     "unet": _unet,
     "unet-weak": lambda out: prompt_hits(load_reader(), load_model("unet-weak"), PROMPTS, 1)[0],
     "unet-edit": _edit,
+    "time": lambda out: {which: timing.score(which) for which in TIMES},
     "dit": _dit,
     "dit-weak": lambda out: prompt_hits(load_reader(), load_model("dit-weak"), PROMPTS, 1, **FLOW)[0],
     "leak": lambda out: leak(load_reader(), load_model("unet")),

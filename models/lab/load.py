@@ -7,6 +7,7 @@
     VAE    the host's TAESD architecture                                                vae.safetensors
     CLIP_VISION  the host's CLIP image encoder, four layers                              vision.safetensors
     CONTROL_NET  the host's ControlNet for the UNet, InstantID's                         controlnet.safetensors
+    STEER_TIME_PREDICTOR  for the UNet's noisy latents, and for the DiT's     time.safetensors, time_dit.safetensors
 """
 
 import json
@@ -36,6 +37,7 @@ MODELS = {
     "dit": "dit.safetensors",
     "dit-weak": "dit_weak.safetensors",
 }
+TIMES = {"unet": "time.safetensors", "dit": "time_dit.safetensors"}  # time predictors
 LATENT_STD = 0.4  # at std 1 the starting noise would still show the layout: Stable Diffusion's schedule ends at SNR > 0
 FLOW_STD = 1.0  # of the DiT's latents: rectified flow starts at pure noise
 TEXT = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
@@ -263,6 +265,13 @@ def load_control(path=WEIGHTS / "controlnet.safetensors"):
     model = control_model(dtype, mm.unet_offload_device(), comfy.ops.pick_operations(dtype, cast))
     model.load_state_dict({k: w.to(dtype) for k, w in weights.items()})
     return comfy.controlnet.ControlNet(model, load_device=device, manual_cast_dtype=cast)
+
+
+def load_time(which="unet"):
+    """-> the time predictor of one of TIMES."""
+    from ..measurement import timepredictor
+
+    return timepredictor.load(WEIGHTS / TIMES[which])
 
 
 def load_model(which="unet"):

@@ -19,6 +19,8 @@
     python models/lab/train.py adapter-dit         IP-Adapter (InstantX) for the exported Lab-DiT and the image encoder
     python models/lab/train.py fastcomposer        FastComposer on two persons, with what of Lab-UNet it tunes
     python models/lab/train.py pulid               PuLID for the exported Lab-DiT, the reader and the image encoder
+    python models/lab/train.py time                time predictor for Lab-UNet's noisy latents
+    python models/lab/train.py time-dit            the same for Lab-DiT's
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes of processor time in
@@ -35,13 +37,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
 STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "geometry",
-          "adapter", "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "eval")  # fmt: skip
+          "adapter", "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "time", "time-dit",
+          "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "geometry": 4, "adapter": 7,
-           "faceid": 4, "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15}
+           "faceid": 4, "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15, "time": 2, "time-dit": 2}
 OWN = {"geometry": "geometry", "instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer",
        "pulid": "pulid"}  # modules  # fmt: skip
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "instantid",
-         "adapter-dit", "fastcomposer", "pulid", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
+         "adapter-dit", "fastcomposer", "pulid", "time", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
          "dit-seconds", "megabytes")  # fmt: skip
 
 
@@ -97,6 +100,10 @@ def run(stage, o):
     elif stage in OWN:
         module("edit").build(o.work)
         module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed)
+    elif stage in ("time", "time-dit"):
+        module("edit").build(o.work)
+        which = "dit" if stage == "time-dit" else "unet"
+        module("timing").train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 256, o.seed, which)
     elif stage == "eval":
         module("evaluate").write_card(module("common").WEIGHTS, o.only)
 

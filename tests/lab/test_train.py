@@ -116,5 +116,5 @@ def test_the_command_explains_itself():
     command = [sys.executable, str(ROOT / "models" / "lab" / "train.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "edit", "vision", "adapter",
-                  "faceid", "eval"):
+                  "faceid", "time", "eval"):
         assert stage in text
