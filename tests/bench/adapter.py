@@ -1,6 +1,6 @@
 """Cost of IP-Adapter on the SD1.5 UNet at full size: FLOPs, memory and time of a step against plain CFG.
 
-    python tests/bench/adapter.py [--repeats 3] [--size 64] [--steps 4]
+    python tests/bench/adapter.py [--repeats 3] [--size 64] [--steps 4] [--bf16]
 
     every step   the same attention by the host's hooks, with keys and values made from the tokens at every step
 FLOPs are counted (torch.utils.flop_counter). Memory is the peak of what a run allocates beside the weights
@@ -66,13 +66,14 @@ def every_step(model, adapter):
     return hooked
 
 
-def measure(repeats, size, steps):
+def measure(repeats, size, steps, bf16):
     """Seconds of a plain step, and (way, tokens, GFLOPs per step, peak bytes, time ratio) of each."""
+    import torch
     import toy
     from bench.guidance import peak
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = toy.model(toy.SD15)
+    model = toy.model(toy.SD15, dtype=torch.bfloat16 if bf16 else torch.float32)
     conds = dict(positive=toy.text(1, width=TEXT), negative=toy.text(2, width=TEXT))
     found = ways(model)
 
@@ -100,19 +101,21 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which the ways take turns")
     parser.add_argument("--size", type=int, default=64, help="side of the latent")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run")
+    parser.add_argument("--bf16", action="store_true", help="the UNet in bf16, faster where a CPU has it")
     args = parser.parse_args()
     host.enter()
     host.load_pack()
     import torch
 
-    seconds, rows = measure(args.repeats, args.size, args.steps)
+    seconds, rows = measure(args.repeats, args.size, args.steps, args.bf16)
     command = f"python tests/bench/adapter.py --repeats {args.repeats} --size {args.size} --steps {args.steps}"
+    command += " --bf16" * args.bf16
     lines = [
         "# Cost of IP-Adapter",
         "",
         f"Made by `{command}`: the UNet of SD1.5 at full size, random weights, {8 * args.size} pixels, positive and "
         f"negative. Plain CFG takes {seconds:.2f} s per step here ({torch.get_num_threads()} threads, "
-        f"{platform.machine()}, torch {torch.__version__}, fp32).",
+        f"{platform.machine()}, torch {torch.__version__}, {'bf16' if args.bf16 else 'fp32'}).",
         "",
         "| | tokens | GFLOPs per step | peak MB beside the weights | time / CFG |",
         "|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Cost of editing beside a source picture: FLOPs, time, memory and the largest tensor of a step, over plain CFG.
 
-    python tests/bench/editing_cost.py [--side 64] [--repeats 3] [--models sd15 flux]
+    python tests/bench/editing_cost.py [--side 64] [--repeats 3] [--models sd15 flux] [--bf16]
 
 Networks with random weights at latents of side x side, one picture; every window is open. The host's attention is
 PyTorch's, which makes no maps, as on a GPU. Per step:
@@ -39,21 +39,21 @@ INTRO = (
 MID_FLUX = dict(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8, context_in_dim=768, vec_in_dim=768)
 
 
-def sd15(side):
+def sd15(side, dtype):
     """(ModelPatcher, (queries, keys) of its attentions whose maps would be large)."""
     import toy
 
     places = [(side // part) ** 2 for part in (1, 2, 4, 8)]
-    return toy.model(toy.SD15), {(n, m) for n in places if n > side for m in (n, WORDS)}
+    return toy.model(toy.SD15, dtype=dtype), {(n, m) for n in places if n > side for m in (n, WORDS)}
 
 
-def flux(side):
+def flux(side, dtype):
     import comfy.model_base
     import toy
 
     image = (side // 2) ** 2
     keys = image + WORDS
-    made = toy.model({**toy.FLUX, **MID_FLUX}, "flow", base=comfy.model_base.Flux)
+    made = toy.model({**toy.FLUX, **MID_FLUX}, "flow", dtype, base=comfy.model_base.Flux)
     return made, {(keys, keys), (image, keys), (image, WORDS)}
 
 
@@ -66,7 +66,7 @@ MODELS = {
 class Bench:
     """One network, with a source, and every method on it."""
 
-    def __init__(self, name, side):
+    def __init__(self, name, side, dtype):
         import torch
         import toy
         from steer.models.lab.load import load_clip
@@ -75,7 +75,7 @@ class Bench:
         from steer.patches.shared.words import encode
 
         self.name, self.side = name, side
-        self.model, self.maps = MODELS[name][1](side)
+        self.model, self.maps = MODELS[name][1](side, dtype)
         self.noise = partial(toy.noise, height=side, width=side)
         self.positive, self.negative, self.before, self.empty = (
             toy.text(seed, width=768, pooled_output=torch.randn(1, 768, generator=torch.Generator().manual_seed(seed)))
@@ -189,7 +189,7 @@ def counted(bench, kind):
     return count.rows, flops.get_total_flops(), once, more - once, largest, maps
 
 
-def measure(name, side, repeats):
+def measure(name, side, repeats, bf16):
     """The table of one network, as text."""
     import torch
     from comfy.ldm.flux import math
@@ -197,7 +197,7 @@ def measure(name, side, repeats):
 
     for module in (attention, math):
         module.optimized_attention = attention.attention_pytorch
-    bench = Bench(name, side)
+    bench = Bench(name, side, torch.bfloat16 if bf16 else torch.float32)
     found = {kind: counted(bench, kind) for kind in bench.methods}
     times = {kind: [] for kind in bench.methods}
     for i in range(repeats):
@@ -209,8 +209,9 @@ def measure(name, side, repeats):
     print(file=sys.stderr)
     plain, own = times["plain CFG"], found["plain CFG"][1]
     lines = [
-        f"`editing_cost.py --side {side} --repeats {repeats} --models {name}`; {torch.get_num_threads()} threads, "
-        f"fp32, plain CFG takes {statistics.median(plain):.2f} s and {own / 1e9:.0f} GFLOPs per step.",
+        f"`editing_cost.py --side {side} --repeats {repeats} --models {name}{' --bf16' * bf16}`; "
+        f"{torch.get_num_threads()} threads, {'bf16' if bf16 else 'fp32'}, plain CFG takes "
+        f"{statistics.median(plain):.2f} s and {own / 1e9:.0f} GFLOPs per step.",
         "",
         "| method | rows | FLOPs / CFG | time / CFG | peak MB | grows MB | largest MB | maps |",
         "|---" * 8 + "|",
@@ -227,12 +228,13 @@ def main():
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which the methods take turns")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--bf16", action="store_true", help="the networks in bf16, faster where a CPU has it")
     args = parser.parse_args()
     host.enter()
     host.load_pack()
     for name in args.models:
         title = f"{MODELS[name][0]}, latents of {args.side} x {args.side}"
-        text = measure(name, args.side, args.repeats)
+        text = measure(name, args.side, args.repeats, args.bf16)
         print(text)
         write(RESULTS, INTRO, [title], {title: text})
 
