@@ -9,6 +9,7 @@ FOLDERS = (
 )
 EVA_CLIP = ("clip_vision", "text_encoders", "eva_clip")
 FACES = "insightface"
+TIMES = ("time_predictors",)
 SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 LAB = Path(__file__).parents[1] / "models" / "lab" / "weights"
 LAB_MARK, PREFIX = " [lab]", "adapter"  # the lab's files are named adapter*.safetensors
@@ -33,8 +34,14 @@ def eva_clips():
     return [name for name in _names(EVA_CLIP) if not name.endswith("]") or "eva" in name.lower()] + [LAB_EYES]
 
 
+def time_predictors():
+    """Names of the files in models/time_predictors, and of the lab's."""
+    names = [name for name in _names(TIMES) if name.lower().endswith(".safetensors")]
+    return names + [path.name + LAB_MARK for path in sorted(LAB.glob("time*.safetensors"))]
+
+
 def path_of(file, folders=FOLDERS):
-    """Where a file lies that `found` names, or `eva_clips` for the folders EVA_CLIP; None where there is none."""
+    """Where a file lies that `found` names, or others for their folders: EVA_CLIP, TIMES; None where there is none."""
     if file.endswith(LAB_MARK):
         roots, name = [LAB], file.removesuffix(LAB_MARK)
     else:

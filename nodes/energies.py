@@ -37,14 +37,7 @@ def how(start=0.0, end=1.0, recurrence=1):
             "size too, as in the formulas of the papers; the strength then depends on what is measured.",
             advanced=True,
         ),
-        io.Int.Input(
-            "every",
-            default=1,
-            min=1,
-            max=1000,
-            tooltip="Acts at every n-th step. Higher costs less, and does less.",
-            advanced=True,
-        ),
+        every(),
         io.Int.Input(
             "recurrence",
             default=recurrence,
@@ -56,6 +49,17 @@ def how(start=0.0, end=1.0, recurrence=1):
         ),
         *inputs.window(start, end),
     ]
+
+
+def every():
+    return io.Int.Input(
+        "every",
+        default=1,
+        min=1,
+        max=1000,
+        tooltip="Acts at every n-th step. Higher costs less, and does less.",
+        advanced=True,
+    )
 
 
 def vae():

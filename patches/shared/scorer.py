@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+import torch
+
 
 class Scorer(Protocol):
     """A frozen value that is called with latents as the host stores them, [n, C, ...], and answers with numbers [n], of
@@ -24,6 +26,21 @@ class Noisy(Protocol):
     noisy: bool
 
     def __call__(self, x, sigma): ...
+
+
+class TimePredictor(Protocol):
+    """A classifier of noise levels, for temporal alignment; frozen, on the socket STEER_TIME_PREDICTOR.
+
+    kind: "eps" or "flow", the noise it knows: of eps and v models, or of flow models.  levels [T]: the sigmas of its
+    classes, rising.  channels: of a latent.  patchers: as of a `Scorer`.  x [n, C, ...] as a network of that kind takes
+    it: x / sqrt(1 + sigma^2), or x itself.  Answers with log p(t | x) [n, T], differentiable in x.
+    """
+
+    kind: str
+    levels: torch.Tensor
+    channels: int
+
+    def __call__(self, x): ...
 
 
 class Features(Protocol):
