@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import comfy.model_base
+import folder_paths
 import pytest
 import torch
 import toy
@@ -11,6 +12,7 @@ from measurement.test_classifierguidance import MEANS, STD, Mixture
 from measurement.test_classifierguidance import Known as Class
 from safetensors.torch import save_file
 from steer.models.measurement import timepredictor
+from steer.nodes.measurement.temporalalignment import LoadTimePredictor
 from steer.patches.guidance import cfgpp
 from steer.patches.measurement import classifierguidance, temporalalignment
 from steer.patches.shared.energy import Energy, push
@@ -251,6 +253,27 @@ def test_a_file_is_read_and_another_refused(tmp_path):
         save_file(wrong, path)
         with pytest.raises(ValueError, match=f"own.safetensors .*{words}"):
             timepredictor.load(path)
+
+
+def test_the_loader_offers_the_folder_and_the_labs(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    own = tmp_path / "time_predictors" / "sub" / "own.safetensors"
+    own.parent.mkdir(parents=True)
+    weights = timepredictor.Network(4, 3, (8,)).state_dict()
+    save_file(timepredictor.state_dict(weights, torch.tensor([0.1, 1.0, 10.0]), "eps"), own)
+    options = next(i for i in LoadTimePredictor.define_schema().inputs if i.id == "file").options
+    assert options == ["sub/own.safetensors", "time.safetensors [lab]", "time_dit.safetensors [lab]"]
+    found = [LoadTimePredictor.execute(file).args for file in options]
+    assert [predictor.kind for predictor, _ in found] == ["eps", "eps", "flow"]
+    assert found[2][1] == "time_dit.safetensors: 128 noise levels of flow models with 4 channels"
+    assert "there is no time predictor 'x'" in LoadTimePredictor.validate_inputs("x")
+    with pytest.raises(ValueError, match="SteerLoadTimePredictor: there is no time predictor 'x'; put it into"):
+        LoadTimePredictor.execute("x")
+    before = LoadTimePredictor.fingerprint_inputs(options[0])
+    own.write_bytes(b"<html>")
+    assert LoadTimePredictor.fingerprint_inputs(options[0]) != before
+    with pytest.raises(ValueError, match="SteerLoadTimePredictor: own.safetensors is no safetensors file: it is a web"):
+        LoadTimePredictor.execute(options[0])
 
 
 @pytest.mark.parametrize("which", ["unet", "dit"])
