@@ -48,7 +48,8 @@ class Learned:
         return (self.patcher,)
 
     def __call__(self, x):
-        return self.patcher.model(x.to(self.patcher.load_device)).log_softmax(1).to(x.device)
+        network = self.patcher.model
+        return network(x.to(network.out.weight.device)).log_softmax(1).to(x.device)
 
     def __str__(self):
         models = {"eps": "eps and v models", "flow": "flow models"}[self.kind]
