@@ -11,7 +11,7 @@ truth, the same person with that change, can be drawn. Every set has portraits o
     truth     PSNR to the drawn truth; all pictures as the VAE renders them
     rows      of the network per picture and step of the drawing, without the inversion; 2 is plain CFG
 All that start from an inverted picture start from the same (fixed-point), and all draw at the same cfg.
-Writes tests/bench/lab_editing.md and the plane of edited and identity, nodes/help/plane.jpg.
+Writes tests/bench/lab_editing.md and planes of edited against identity and outside, nodes/help/plane.jpg.
 """
 
 import sys
@@ -120,37 +120,57 @@ def measured(which):
 TABLES = [("Lab-UNet (eps)", COLUMNS, measured("unet")), ("Lab-DiT (flow)", COLUMNS, measured("dit"))]
 
 
-def points(text):
-    """[(name, edited, identity)] of a table."""
+def points(text, column):
+    """[(name, edited, `column`)] of a table."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [(row[0], float(row[1]), float(row[3])) for row in rows[2:]]
+    at = rows[0].index(column)
+    return [(row[0], float(row[1]), float(row[at])) for row in rows[2:]]
 
 
 def plane(tables):
-    """Each table as a picture: edited to the right, identity upwards, every setting by its number."""
+    """Each table as two pictures, over the likeness of the face and over the PSNR outside: edited to the right, kept
+    upwards, names beside."""
     from PIL import Image, ImageDraw
 
-    side, legend, pad = 460, 330, 40
-    sheet = Image.new("RGB", (side + legend, len(tables) * (side + pad)), "white")
+    wide, high = 690, 460
+    sheet = Image.new("RGB", (2 * wide, len(tables) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (title, text) in enumerate(tables.items()):
-        top, found = n * (side + pad), points(text)
-        low = min(0.0, *(y for _, _, y in found))
-
-        def at(x, y, top=top, low=low):
-            return pad + x * (side - 2 * pad), top + pad + (1 - (y - low) / (1 - low)) * (side - 2 * pad)
-
-        draw.rectangle((*at(0, 1), *at(1, low)), outline="black")
-        for share in (0.25, 0.5, 0.75):
-            draw.line((*at(share, low), *at(share, 1)), fill="#dddddd")
-            draw.line((*at(0, low + share * (1 - low)), *at(1, low + share * (1 - low))), fill="#dddddd")
-        draw.text((pad, top + 8), f"{title}: edited, 0 to 1, to the right; same face, {low:.2g} to 1, upwards")
-        for i, (name, x, y) in enumerate(found, 1):
-            px, py = at(x, y)
-            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill="#2060c0")
-            draw.text((px + 4, py - 12), str(i), fill="black")
-            draw.text((side + 4, top + pad + 14 * (i - 1)), f"{i} {name}", fill="black")
+        for m, (column, kept) in enumerate((("identity", "same face, 1 is the same"), ("outside", "PSNR outside, dB"))):
+            panel(draw, m * wide, n * high, f"{title}: {kept}, over edited", points(text, column))
     return sheet
+
+
+def panel(draw, left, top, title, found, side=380, pad=40):
+    """One of the pictures; each name stands at the height of its point, or as near below it as there is room."""
+    ends = []
+    for axis in (1, 2):
+        values = [point[axis] for point in found]
+        ends.append((min(values), max(values)))
+
+    def at(x, y):
+        x, y = ((v - low) / (high - low) for v, (low, high) in zip((x, y), ends, strict=True))
+        return left + pad + 10 + x * (side - 20), top + pad - 10 + (1 - y) * (side - 20)
+
+    box = left + pad, top + pad - 20, left + pad + side, top + pad - 20 + side
+    draw.text((left + pad, top + 4), title, fill="black")
+    draw.rectangle(box, outline="black")
+    for i in range(5):
+        x, y = (low + i / 4 * (high - low) for low, high in ends)
+        px, py = at(x, y)
+        draw.line((px, box[1], px, box[3]), fill="#e4e4e4")
+        draw.line((box[0], py, box[2], py), fill="#e4e4e4")
+        draw.text((px - 10, box[3] + 4), f"{x:.2f}", fill="black")
+        draw.text((left + 8, py - 6), f"{y:.3g}", fill="black")
+    found, last = sorted(found, key=lambda point: -point[2]), box[1] - 16
+    for i, (name, x, y) in enumerate(found):
+        px, py = at(x, y)
+        last = min(max(last + 16, py - 6), box[3] - 16 * (len(found) - i))
+        draw.line((px, py, box[2] + 12, last + 6), fill="#9db8e0")
+        draw.text((box[2] + 16, last), name, fill="black")
+    for _, x, y in found:
+        px, py = at(x, y)
+        draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill="#2060c0")
 
 
 def main():
