@@ -1,6 +1,7 @@
 """What the training stages share: device, Muon, moving average, checkpoints, progress and log."""
 
 import csv
+import functools
 import time
 from pathlib import Path
 
@@ -14,14 +15,21 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@functools.cache
+def fast_bf16():
+    """Whether bf16 has instructions here: without them a CPU multiplies it a hundred times slower than fp32."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"avx512_bf16": True}
+    return device().type != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+
+
 def autocast():
-    return torch.autocast(device().type, torch.bfloat16)
+    return torch.autocast(device().type, torch.bfloat16, enabled=fast_bf16())
 
 
 def orthogonalise(g, steps=5):
     """Newton-Schulz iteration towards the orthogonal factor of `g` (Jordan et al., Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    x = g.bfloat16() if fast_bf16() else g.float()
     x = x.mT if g.shape[0] > g.shape[1] else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
