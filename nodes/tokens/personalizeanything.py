@@ -38,7 +38,7 @@ class PersonalizeAnything(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of the sampling range in which the subject's tokens replace the picture's own. "
-                    "Higher is more like the subject, lower obeys the prompt more. 0.1 for in- and outpainting.",
+                    "Higher is more like the subject, lower obeys the prompt more. 0.9 for in- and outpainting.",
                 ),
                 io.Float.Input(
                     "strength",

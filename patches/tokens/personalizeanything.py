@@ -214,7 +214,7 @@ class Append(Subject):
             mask = additive(target.mask, q.dtype)
             bias = bias + pad(mask, (0, count, 0, count if mask.shape[-2] > 1 else 0))
         first, last, _ = slice(*target.image).indices(n)
-        longer = replace(target, q=q, k=k, v=v, mask=bias, image=(first, last), unplaced=())
+        longer = replace(target, q=q, k=k, v=v, mask=bias, image=(first, last))
         return attend(longer)[:, :n]
 
 

@@ -160,6 +160,24 @@ def test_later_the_subjects_tokens_stand_beside_the_others(strength):
     assert not near(toy.sample(model, **options), expected, 1e-3)
 
 
+def test_later_several_subjects_stand_beside_each_other():
+    """Two nodes with a part of the subject each are one with all of it; beside one that still replaces, in any order."""
+    model, upper = network("flux"), mask()
+    trajectory = path("flux", model)
+    upper[:, 48:] = 0
+    lower = mask() - upper
+    options = one_step("flux", trajectory)
+    whole = steered(model, trajectory, 0.0, 0.5, box=None)
+    parts = steered(model, trajectory, 0.0, 0.5, upper, box=None)
+    assert near(toy.sample(steered(parts, trajectory, 0.0, 0.5, lower, box=None), **options),
+                toy.sample(whole, **options), 1e-5)
+    assert not near(toy.sample(parts, **options), toy.sample(whole, **options), 1e-3)
+    beside, instead = dict(threshold=0.0, strength=0.5, subject=upper), dict(threshold=1.0, subject=lower)
+    one, other = (steered(steered(model, trajectory, **a), trajectory, **b)
+                  for a, b in ((beside, instead), (instead, beside)))
+    assert near(toy.sample(one, **options), toy.sample(other, **options), 1e-5)
+
+
 def test_layouts():
     shape = (1, 4, 16, 16)
 
