@@ -22,7 +22,7 @@ def card(scores, log, **fixed):
         f"| {name.replace('_', ' ')} | {1 / len(values):.2f} | {seen['renders']['accuracy'][name]:.3f} "
         f"| {seen['reconstructions']['accuracy'][name]:.3f} | {scores['unet'][name]:.3f} "
         f"| {scores['unet-weak'][name]:.3f} | {scores['dit'][name]:.3f} | {scores['dit-weak'][name]:.3f} "
-        f"| {scores['unet-edit']['factors'][name]:.3f} "
+        f"| {scores['unet-edit']['factors'][name]:.3f} | {scores['clip'][name]:.3f} "
         f"| {shares('leak', name)} | {shares('dit-leak', name)} | {shares('dit-heeds', name)} |"
         for name, values in FACTORS.items()
     )
@@ -92,6 +92,7 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | dit.safetensors | Flux, 192 wide, 3 double and 5 single blocks, 64 image and 48 text tokens, rectified flow | MODEL |
 | dit_weak.safetensors | the same network, trained for minutes | MODEL |
 | vision.safetensors | CLIP vision transformer, 4 layers, 192 wide, 16 patches, embedding 128 wide | CLIP_VISION |
+| clip.safetensors | projection of the pooled text into the space of what the vision transformer sees | CLIP |
 | adapter.safetensors | IP-Adapter, plus layout: 16 tokens, keys and values of 7 cross-attentions | Load Adapter |
 | adapter_faceid.safetensors | IP-Adapter, FaceID layout without LoRA: 4 tokens from 512-d identity | Load Adapter |
 | time.safetensors | four convolutions: the UNet's noise level, in 128 classes | Load Time Predictor |
@@ -114,7 +115,8 @@ the pooled vector is zero for 30 % of the pictures, so that the context is read,
 that the pooled vector is heard where the context is silent (the shipped weights: 50 % and 0 % for the first 1000
 steps, 40 % and 15 % for the next 1000).
 Image encoder: the patch embedding begins as principal components; the embedding tells factors (cross-entropy) and
-geometry (squares) through linear heads that are dropped; sharp and degraded renders. Adapters: Lab-UNet stays frozen,
+geometry (squares) through linear heads that are dropped; sharp and degraded renders. CLIP: the projection alone, from
+captions that name a part of a portrait, by cross-entropy among 256. Adapters: Lab-UNet stays frozen,
 keys and values begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of
 a portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
 (50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
@@ -159,10 +161,11 @@ Leak: an unrelated picture hides under the full starting noise; where it and the
 that show the factor as prompted / as hidden. Heeds: the DiT is given the context of one prompt and the pooled vector
 of another; where they differ, the share that shows the context's / the pooled vector's; and the share that shows the
 pooled vector's factor when the context is that of the empty prompt.
-Renders, VAE: accuracy of the reader on renders and through the VAE.
+Renders, VAE: accuracy of the reader on renders and through the VAE. CLIP: share of 500 unseen portraits whose value is
+that of the nearest of the texts that name one value each.
 
-| factor | chance | renders | VAE | UNet hits | weaker | DiT hits | weaker | edits | UNet leak | DiT leak | DiT heeds |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| factor | chance | renders | VAE | UNet hits | weaker | DiT hits | weaker | edits | CLIP | UNet leak | DiT leak | DiT heeds |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Identity verification on unseen faces (same face geometry, everything else drawn anew): AUC {auc[renders]} on renders,

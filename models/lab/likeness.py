@@ -198,7 +198,7 @@ def curve(by, case, named, which="unet", draw=drawn, **options):
 
 def measures():
     """{part of the card: its figures, measured}, of the adapters that there are; called with the folder of weights."""
-    from . import persons
+    from . import clip, persons
 
     n, every = REFERENCES, tuple(FACTORS)
 
@@ -207,6 +207,7 @@ def measures():
 
     found = {
         "vision": ("vision", lambda out: probe(load.load_vision())),
+        "clip": ("clip", lambda out: clip.zero_shot()),
         "adapter": ("adapter", lambda out: curve(by_picture, cases(n), NAMED)),
         "faceid": ("adapter_faceid", lambda out: curve(by_face, faces(n), every)),
         "instantid": ("adapter_instantid",

@@ -4,6 +4,7 @@
            or the host's InstructPix2Pix, the same taking an image as channels too      unet_edit.safetensors
            or the host's Flux, rectified flow                                           dit.safetensors
     CLIP   the host's SD1 tokenizer and a two-layer CLIP text transformer               text.safetensors
+           and the projection of its pooled text into CLIP_VISION's space               clip.safetensors
     VAE    the host's TAESD architecture                                                vae.safetensors
     CLIP_VISION  the host's CLIP image encoder, four layers                              vision.safetensors
     CONTROL_NET  the host's ControlNet for the UNet, InstantID's                         controlnet.safetensors
@@ -207,6 +208,7 @@ def load_clip(which="unet", **options):
     full = rows[-1:].repeat(len(table), 1)
     full[ids.long()] = rows[:-1]
     weights["text_model.embeddings.token_embedding.weight"] = full
+    weights |= load_file(WEIGHTS / "clip.safetensors")  # not applied by the host, as for SD1.x and Flux
     missing, unexpected = clip.load_sd({k: w.to(table.dtype) for k, w in weights.items()})
     if missing or unexpected:
         raise RuntimeError(f"text.safetensors does not fit the text encoder: {missing=}, {unexpected=}")

@@ -12,6 +12,7 @@
     python models/lab/train.py export              fp16 safetensors beside this file
     python models/lab/train.py edit                teach the exported Lab-UNet to edit pictures; exports itself
     python models/lab/train.py vision              the image encoder; exports itself, as all below
+    python models/lab/train.py clip                one space for texts and what the image encoder sees
     python models/lab/train.py geometry            a judge of faces for the adapters' training; exports nothing
     python models/lab/train.py adapter             IP-Adapter (plus) for the exported Lab-UNet and the image encoder
     python models/lab/train.py faceid              FaceID adapter for the exported Lab-UNet and the reader
@@ -36,14 +37,14 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[2]
-STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "geometry",
-          "adapter", "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "time", "time-dit",
+STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak", "export", "edit", "vision", "clip",
+          "geometry", "adapter", "faceid", "instantid", "adapter-dit", "fastcomposer", "pulid", "time", "time-dit",
           "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "geometry": 4, "adapter": 7,
            "faceid": 4, "instantid": 20, "adapter-dit": 15, "fastcomposer": 20, "pulid": 15, "time": 2, "time-dit": 2}
 OWN = {"geometry": "geometry", "instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer",
        "pulid": "pulid"}  # modules  # fmt: skip
-PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "adapter", "faceid", "instantid",
+PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "clip", "adapter", "faceid", "instantid",
          "adapter-dit", "fastcomposer", "pulid", "time", "dit", "dit-weak", "leak", "dit-leak", "dit-heeds", "seconds",
          "dit-seconds", "megabytes")  # fmt: skip
 
@@ -93,6 +94,8 @@ def run(stage, o):
         module("edit").train(o.work, 60 * (o.minutes or MINUTES["edit"]), o.batch or 32, seed=o.seed)
     elif stage == "vision":
         module("vision").train(o.work, 60 * (o.minutes or MINUTES["vision"]), o.batch or 64, seed=o.seed)
+    elif stage == "clip":
+        module("clip").train(module("common").WEIGHTS, o.seed)
     elif stage in ("adapter", "faceid"):
         module("edit").build(o.work)
         which = getattr(module("adapters"), {"adapter": "Plus", "faceid": "Face"}[stage])

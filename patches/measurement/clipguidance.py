@@ -57,10 +57,30 @@ class CLIPGuidance(Seen):
             yield pictures[..., top : top + side, left : left + side]
 
 
+def pooled(clip, text):
+    """The pooled text [n, E] in the space that a CLIP shares with its image encoder; None where there is none.
+
+    Models that want it before the projection (SD1.x, Flux) make the host leave the projection out: it is applied here.
+    ValueError where the file had none; the host leaves such weights as the memory was.
+    """
+    tokens, parts = clip.tokenize(text), clip.cond_stage_model.children()
+    found = [part for part in parts if hasattr(getattr(part, "transformer", None), "text_projection")]
+    read = clip.encode_from_tokens(tokens, return_pooled=True)[1]
+    if read is None or len(found) != 1 or found[0].return_projected_pooled:
+        return read
+    weight = found[0].transformer.text_projection.weight.float()
+    if not (weight.isfinite().all() and 1e-4 < weight.std() < 10):
+        raise ValueError(
+            "the text encoder has no projection, as in checkpoints of SD1.x; load it from a file of its own with Load "
+            "CLIP, such as clip_l.safetensors."
+        )
+    return F.linear(read.to(weight), weight)
+
+
 def apply(model, vae, clip, clip_vision, text, push, schedule, cutouts=0, seed=0):
     """clip: a CLIP of the host, of which the first pooled text is taken.  clip_vision: its image encoder."""
     with blame(CLIPGuidance):
-        read = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1]
+        read = pooled(clip, text)
         width = getattr(clip_vision.model, "visual_projection", None)
         width = getattr(width, "out_features", None)
         if read is None or width is None or read.shape[-1] != width:

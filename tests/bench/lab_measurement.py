@@ -5,6 +5,8 @@
 Rewarded: portraits under "a comic portrait", scored for a happy face, red hair and glasses. Every set has its noise.
     score   mean log-probability of the three by the reader, which is also the scorer
     found   share of the three that the reader finds;  contrast  standard deviation of the latents
+Read: the same with CLIP Guidance, the text being the three; the lab's two encoders look and read.
+    cosine  of what is seen and what is read;  found, contrast as above
 Restored: held-out portraits from a measurement, under an empty prompt at cfg 1. Every set has portraits of its own.
     PSNR    to the portrait, in dB, both as the VAE renders them
     error   root mean square of what the operator says of the result, less the measurement
@@ -87,12 +89,36 @@ def rewarded(lab, steps, options):
 
     with torch.inference_mode():
         x = lab.show(out)
-        found = [
-            (r["expression"][0] == "happy") + (r["hair_color"][0] == "red") + (r["glasses"][0] == "glasses")
-            for r in lab.reader.read(x)
-        ]
         score = lab.reader.score(x, WANTED)
-    return {"score": score, "found": torch.tensor(found) / 3, "contrast": out.flatten(1).std(1)}
+    return {"score": score, "found": found(lab, x), "contrast": out.flatten(1).std(1)}
+
+
+def found(lab, x):
+    """Share of the three that the reader finds in pictures [B, 3, h, w]."""
+    import torch
+
+    return torch.tensor([
+        (r["expression"][0] == "happy") + (r["hair_color"][0] == "red") + (r["glasses"][0] == "glasses")
+        for r in lab.reader.read(x)
+    ]) / 3
+
+
+def guided_by_clip(lab, steps, options):
+    import torch
+    import torch.nn.functional as F
+    from steer.models.lab.load import load_clip, load_vision
+    from steer.patches.measurement import clipguidance
+    from steer.patches.shared.schedule import Schedule
+
+    model, clip, vision = lab.model, load_clip(), load_vision()
+    if options is not None:
+        model = clipguidance.apply(model, lab.vae, clip, vision, WANTED, pushed(**options), Schedule())
+    out = lab.made(model, steps, "a comic portrait", 2.5)
+    with torch.inference_mode():
+        x = lab.show(out)
+        seen = F.normalize(vision.encode_image(x.movedim(1, -1)).image_embeds.float(), dim=-1)
+        read = F.normalize(clipguidance.pooled(clip, WANTED), dim=-1)
+    return {"cosine": (seen * read).sum(1), "found": found(lab, x), "contrast": out.flatten(1).std(1)}
 
 
 def operators(lab, name):
@@ -191,6 +217,10 @@ TABLES += [
 ]
 TABLES += [
     (f"Pulled, {title}", ("PSNR", "identity", "colours"), partial(measured, which, pulled, PULLED))
+    for which, title in NAMES.items()
+]
+TABLES += [
+    (f"Read, {title}", ("cosine", "found", "contrast"), partial(measured, which, guided_by_clip, REWARDED))
     for which, title in NAMES.items()
 ]
 

@@ -1,17 +1,16 @@
-"""The angle between what is seen and what is read, its slope by differences, cutouts, and what does not fit.
-
-The lab's text and image encoders stand in for those of one CLIP: they are of the host's classes and give as many
-numbers, but were not trained together, so that what they call alike means nothing.
-"""
+"""The angle between what is seen and what is read, its slope by differences, cutouts, what does not fit, and the lab."""
 
 from functools import cache
 
+import comfy.sd
+import comfy.supported_models_base
 import pytest
 import torch
 import toy
+from comfy import sdxl_clip
 from measurement.by_hand import SMALL, made, once, scales
 from measurement.test_measurement import picture, vae
-from steer.models.lab.load import load_clip, load_vision
+from steer.models.lab.load import TEXT, load_clip, load_vision
 from steer.patches.measurement import clipguidance
 from steer.patches.shared.energy import push
 from steer.patches.shared.schedule import Schedule
@@ -46,7 +45,7 @@ def test_the_loss_is_the_angle(model):
     with torch.inference_mode():
         ours = term.judge(pictures)
         seen = eye.encode_image(pictures.movedim(1, -1)).image_embeds.float()
-        read = clip.encode_from_tokens(clip.tokenize("a happy person"), return_pooled=True)[1].float()
+        read = clipguidance.pooled(clip, "a happy person").float()
     angle = torch.cosine_similarity(seen, read).arccos()
     assert torch.allclose(ours, angle.square() / 2, rtol=0.02)
 
@@ -88,6 +87,31 @@ def test_off_is_no_node_and_a_batch_is_its_runs(model):
         alone = once(steered(model), start=start[i : i + 1])
         near = (out[i : i + 1] - alone).abs() < 5e-3 * alone.abs().max()
         assert float(near.float().mean()) > 0.97  # kinks of the decoder's ReLUs move single values
+
+
+def test_the_text_is_projected_once():
+    """The host leaves the projection out for SD1.x and Flux, and applies it for SDXL's refiner."""
+    clip = encoders()[0]
+    plain = clip.encode_from_tokens(clip.tokenize("a happy person"), return_pooled=True)[1]
+    weight = clip.cond_stage_model.clip_l.transformer.text_projection.weight
+    assert torch.allclose(clipguidance.pooled(clip, "a happy person"), plain @ weight.float().T, atol=1e-4)
+    target = comfy.supported_models_base.ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLRefinerClipModel)
+    small = {"clip_g_model_config": {**TEXT, "num_hidden_layers": 3, "hidden_act": "gelu"}}
+    refiner = comfy.sd.CLIP(target, tokenizer_data={}, model_options=small)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in refiner.cond_stage_model.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    said = refiner.encode_from_tokens(refiner.tokenize("a happy person"), return_pooled=True)[1]
+    before = refiner.encode_from_tokens(refiner.tokenize("a happy person"), return_pooled="unprojected")[1]
+    assert torch.equal(clipguidance.pooled(refiner, "a happy person"), said) and not torch.allclose(said, before)
+
+
+def test_a_text_encoder_without_projection_is_refused(model):
+    clip = load_clip()
+    clip.cond_stage_model.clip_l.transformer.text_projection.weight.data.zero_()
+    with pytest.raises(ValueError, match="SteerCLIPGuidance: the text encoder has no projection, .* with Load CLIP"):
+        clipguidance.apply(model, vae(), clip, encoders()[1], "a person", push(), ALWAYS)
 
 
 def test_bad_input_raises_before_sampling(model):

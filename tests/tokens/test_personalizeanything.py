@@ -161,7 +161,7 @@ def test_later_the_subjects_tokens_stand_beside_the_others(strength):
 
 
 def test_later_several_subjects_stand_beside_each_other():
-    """Two nodes with a part of the subject each are one with all of it; beside one that still replaces, in any order."""
+    """Two nodes with a part of the subject each are one with all of it; beside one that replaces, in any order."""
     model, upper = network("flux"), mask()
     trajectory = path("flux", model)
     upper[:, 48:] = 0
