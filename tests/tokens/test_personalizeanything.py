@@ -322,3 +322,23 @@ def test_on_the_lab_the_subject_is_kept_at_its_new_place():
     plain, ours = (measured(8, 0, 10, threshold, strength) for threshold, strength in ((0.0, 0.0), (0.8, 1.0)))
     assert ours["its own"] >= 0.75 and ours["identity"] > plain["identity"] + 0.3
     assert ours["place"] >= 0.85 and ours["around"] >= 0.85 and ours["inside"] < plain["inside"] - 0.5
+
+
+def test_on_the_lab_two_subjects_come_together():
+    """The head of one portrait and the body of another, neither of which the prompt names."""
+    from bench.lab_subjects import Together
+
+    both = Together(6, 0, 8, "body")
+    plain, ours = (both.figures(threshold, strength) for threshold, strength in ((0.0, 0.0), (0.8, 1.0)))
+    assert ours["head"] >= 0.9 and ours["second"] >= 0.8 and ours["prompted"] >= 0.9
+    assert plain["head"] <= 0.5 and plain["second"] <= 0.6
+    assert ours["identity"] > plain["identity"] + 0.3
+
+
+def test_on_the_lab_the_rest_stays_where_a_part_is_painted_anew():
+    from bench.lab_subjects import Anew
+
+    inside = Anew(6, 0, 8, "inside")
+    plain, ours = (inside.figures(threshold, 0.0) for threshold in (0.0, 0.9))
+    assert plain["kept"] <= 0.6 and ours["kept"] >= 0.85 and ours["new"] >= 0.7
+    assert ours["PSNR"] > plain["PSNR"] + 6
