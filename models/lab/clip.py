@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from . import common, data, load, vision
 from .captions import phrases

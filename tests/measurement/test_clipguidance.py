@@ -1,4 +1,4 @@
-"""The angle between what is seen and what is read, its slope by differences, cutouts, what does not fit, and the lab."""
+"""The angle between what is seen and what is read, its slope, cutouts, the projection of texts, what does not fit."""
 
 from functools import cache
 
