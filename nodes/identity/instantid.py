@@ -20,7 +20,7 @@ class InstantID(io.ComfyNode):
                 "IdentityNet", "face ControlNet",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="A model of SDXL."),
+                io.Model.Input("model", tooltip="A model of SDXL, or the lab's UNet with the lab's adapter."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; it is shown no face."),
                 io.Custom("STEER_ADAPTER").Input(
