@@ -118,3 +118,13 @@ def test_the_command_explains_itself():
     for stage in ("data", "vae", "latents", "text", "reader", "unet", "dit", "export", "edit", "vision", "adapter",
                   "faceid", "time", "eval"):
         assert stage in text
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_used_where_it_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(common, "fast_bf16", lambda: fast)
+    with common.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if fast else torch.float32)
+    near = common.orthogonalise(torch.randn(8, 5, generator=torch.Generator().manual_seed(1)))
+    assert near.dtype == torch.float32 and torch.allclose(near.mT @ near, torch.eye(5), atol=0.5)
