@@ -95,7 +95,7 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | clip.safetensors | projection of the pooled text into the space of what the vision transformer sees | CLIP |
 | adapter.safetensors | IP-Adapter, plus layout: 16 tokens, keys and values of 7 cross-attentions | Load Adapter |
 | adapter_faceid.safetensors | IP-Adapter, FaceID layout without LoRA: 4 tokens from 512-d identity | Load Adapter |
-| adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, keys and values of 7 cross-attentions | Load Adapter |
+| adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, 7 layers | Load Adapter |
 | controlnet.safetensors | ControlNet of the UNet: keypoints as its picture, the 4 tokens as its text | CONTROL_NET |
 | time.safetensors | four convolutions: the UNet's noise level, in 128 classes | Load Time Predictor |
 | time_dit.safetensors | the same for the DiT's | Load Time Predictor |
@@ -118,8 +118,8 @@ that the pooled vector is heard where the context is silent (the shipped weights
 steps, 40 % and 15 % for the next 1000).
 Image encoder: the patch embedding begins as principal components; the embedding tells factors (cross-entropy) and
 geometry (squares) through linear heads that are dropped; sharp and degraded renders. CLIP: the projection alone, from
-captions that name a part of a portrait, by cross-entropy among 256. Adapters: Lab-UNet stays frozen,
-keys and values begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of
+captions that name a part of a portrait, by cross-entropy among 256. Adapters: Lab-UNet stays frozen, keys and values
+begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of
 a portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
 (50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
 adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without

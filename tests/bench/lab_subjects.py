@@ -36,151 +36,164 @@ INTRO = (
 )
 
 
-def inverted(model, clip, latent, people, sigmas):
-    """The trajectory of the latents of portraits, under their captions."""
-    from steer.models.lab.captions import caption
-    from steer.models.lab.evaluate import conditioning
-    from steer.patches.inversion.invert import invert
-
-    return invert(model, conditioning(clip, [caption(p) for p in people]), latent, sigmas, "fixed-point")
-
-
 HEAD = ("expression", "skin", "hair_style", "hair_color", "glasses", "hat")
 GROUND = ("background", "pattern")
 
 
-class Together:
-    """Portraits in the middle of their pictures, inverted two by two, and what shall become of each pair."""
+def portraits_from(first, count, **fixed):
+    from steer.models.lab import data
+    from steer.models.lab.portrait import Portrait
+
+    first += data.HELD_OUT
+    return [Portrait.from_seed(seed, position="center", **fixed) for seed in range(first, first + count)]
+
+
+def pictures(people):
+    """[n, h, w, 3] in 0..1."""
+    import numpy as np
+    import torch
+    from steer.models.lab.portrait import draw
+
+    return torch.from_numpy(np.stack([draw(p) for p in people])).float() / 255
+
+
+def other(name, *taken):
+    """A value of a factor that is none of those."""
+    from steer.models.lab.portrait import FACTORS
+
+    return next(value for value in FACTORS[name] if value not in taken)
+
+
+class Scene:
+    """Pictures of portraits as `wanted`, from noise, by a prompt that names style, place and what is `told`."""
+
+    def __init__(self, wanted, told, seed, steps):
+        import torch
+        import toy
+        from steer.models.lab.captions import caption
+        from steer.models.lab.evaluate import conditioning
+
+        self.model, self.clip, self.vae, self.reader = lab("dit")
+        self.wanted, self.sigmas = wanted, toy.sigmas(self.model, steps, "simple")
+        start = torch.randn(len(wanted), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        texts = [caption(p, ("style", "position", *told)) for p in wanted], [""] * len(wanted)
+        positive, negative = (conditioning(self.clip, text) for text in texts)
+        self.given = dict(positive=positive, negative=negative, start=start, sigmas=self.sigmas)
+
+    show = Moving.show
+
+    def inverted(self, images, people):
+        """The trajectory of pictures of portraits, under their captions."""
+        import torch
+        from steer.models.lab.captions import caption
+        from steer.models.lab.evaluate import conditioning
+        from steer.patches.inversion.invert import invert
+
+        with torch.inference_mode():
+            text = conditioning(self.clip, [caption(p) for p in people])
+            return invert(self.model, text, self.vae.encode(images), self.sigmas, "fixed-point")
+
+    def put(self, model, path, mask, threshold, strength):
+        from steer.patches.shared.schedule import Schedule
+        from steer.patches.tokens import personalizeanything
+
+        return personalizeanything.apply(model, path, mask, threshold, strength, Schedule())
+
+    def draw(self, model):
+        """(pictures [n, 3, h, w], what the reader says of them, their faces)."""
+        import torch
+        import toy
+
+        with torch.inference_mode():
+            x = self.show(toy.sample(model, CFG, **self.given))
+            return x, self.reader.read(x), self.reader(x)[2]
+
+    def share(self, read, names):
+        """Of the factors `names` that are as wanted."""
+        right = [r[n][0] == getattr(p, n) for r, p in zip(read, self.wanted, strict=True) for n in names]
+        return sum(right) / len(right)
+
+
+class Together(Scene):
+    """The head of one portrait with the body, or on the background, of another."""
 
     def __init__(self, count, seed, steps, second):
         import numpy as np
         import torch
-        import toy
-        from steer.models.lab import data
-        from steer.models.lab.captions import caption
-        from steer.models.lab.evaluate import conditioning
-        from steer.models.lab.portrait import FACTORS as ALL
-        from steer.models.lab.portrait import Portrait, draw, draw_masks
+        from steer.models.lab.portrait import draw_masks
 
-        self.model, clip, self.vae, self.reader = lab("dit")
-        first = data.HELD_OUT + 30000 + 1000 * seed
-        heads = [Portrait.from_seed(first + n, position="center") for n in range(count)]
-        others = [Portrait.from_seed(first + 500 + n, position="center", style=p.style) for n, p in enumerate(heads)]
+        heads = portraits_from(30000 + 1000 * seed, count)
+        others = [portraits_from(30500 + 1000 * seed + n, 1, style=p.style)[0] for n, p in enumerate(heads)]
         self.second, self.asked = (("shirt",), GROUND) if second == "body" else (GROUND, ("shirt",))
-
-        def third(name, *taken):
-            return next(value for value in ALL[name] if value not in taken)
-
-        self.wanted = [
+        wanted = [
             replace(p, **{n: getattr(o, n) for n in self.second},
-                    **{n: third(n, getattr(p, n), getattr(o, n)) for n in self.asked})
+                    **{n: other(n, getattr(p, n), getattr(o, n)) for n in self.asked})
             for p, o in zip(heads, others, strict=True)
         ]
-        told = ("style", "position", *self.asked)
-        self.positive = conditioning(clip, [caption(p, told) for p in self.wanted])
-        self.nothing = conditioning(clip, [""] * count)
-        self.sigmas = toy.sigmas(self.model, steps, "simple")
-        self.start = torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-        self.given = []
-        for people, what in ((others, second), (heads, "head")):
-            pictures = torch.from_numpy(np.stack([draw(p) for p in people])).float() / 255
-            parts = [draw_masks(p) for p in people]
-            parts = [1 - m["head"] - m["background"] if what == "body" else m[what] for m in parts]
-            with torch.inference_mode():
-                path = inverted(self.model, clip, self.vae.encode(pictures), people, self.sigmas)
-                self.faces = self.reader(pictures.movedim(-1, 1))[2]
-            self.given.append((path, torch.from_numpy(np.stack(parts))))
+        super().__init__(wanted, self.asked, seed, steps)
+
+        def part(people, what):
+            masks = [draw_masks(p) for p in people]
+            masks = [1 - m["head"] - m["background"] if what == "body" else m[what] for m in masks]
+            return self.inverted(pictures(people), people), torch.from_numpy(np.stack(masks))
+
+        self.parts = part(others, second), part(heads, "head")
+        with torch.inference_mode():
+            self.faces = self.reader(pictures(heads).movedim(-1, 1))[2]
 
     def figures(self, threshold, strength):
         """{column: mean over the pictures}."""
-        import torch
-        import toy
-        from steer.patches.shared.schedule import Schedule
-        from steer.patches.tokens import personalizeanything
-
         model = self.model
-        for path, mask in self.given:
-            model = personalizeanything.apply(model, path, mask, threshold, strength, Schedule())
-        given = {"positive": self.positive, "negative": self.nothing, "start": self.start, "sigmas": self.sigmas}
-        with torch.inference_mode():
-            x = self.vae.decode(toy.sample(model, CFG, **given)).movedim(-1, 1).float().clamp(0, 1)
-            read, face = self.reader.read(x), self.reader(x)[2]
+        for path, mask in self.parts:
+            model = self.put(model, path, mask, threshold, strength)
+        _, read, face = self.draw(model)
         found = {"head": HEAD, "second": self.second, "prompted": self.asked}
-        return {**{column: shown(read, self.wanted, names) for column, names in found.items()},
-                "identity": float((face * self.faces).sum(1).mean())}
+        identity = float((face * self.faces).sum(1).mean())
+        return {"identity": identity, **{column: self.share(read, names) for column, names in found.items()}}
 
 
-def shown(read, wanted, names):
-    """Share of the factors `names` that are read as wanted."""
-    right = [r[n][0] == getattr(p, n) for r, p in zip(read, wanted, strict=True) for n in names]
-    return sum(right) / len(right)
-
-
-class Anew:
+class Anew(Scene):
     """Portraits of which a part is lost or shall be another, inverted as they are."""
 
     def __init__(self, count, seed, steps, where):
         import numpy as np
         import torch
-        import toy
-        from steer.models.lab import data
-        from steer.models.lab.captions import caption
-        from steer.models.lab.evaluate import conditioning
-        from steer.models.lab.portrait import FACTORS as ALL
-        from steer.models.lab.portrait import Portrait, draw, draw_masks
+        from steer.models.lab.portrait import draw_masks
 
-        self.model, clip, self.vae, self.reader = lab("dit")
-        first = data.HELD_OUT + 40000 + 1000 * seed
-        people = self.wanted = [Portrait.from_seed(first + n, position="center") for n in range(count)]
-        pictures = torch.from_numpy(np.stack([draw(p) for p in people])).float() / 255
+        people = wanted = portraits_from(40000 + 1000 * seed, count)
+        images = pictures(people)
         if where == "inside":
             self.new, self.old = ("hat", "expression"), ("shirt", *GROUND)
-            self.wanted = [
-                replace(p, **{n: ALL[n][(ALL[n].index(getattr(p, n)) + 1) % len(ALL[n])] for n in self.new})
-                for p in people
-            ]
-            heads = [np.maximum(draw_masks(p)["head"], draw_masks(w)["head"])
-                     for p, w in zip(people, self.wanted, strict=True)]
-            self.kept = 1 - torch.from_numpy(np.stack(heads))
+            wanted = [replace(p, **{n: other(n, getattr(p, n)) for n in self.new}) for p in people]
+            heads = [[draw_masks(each)["head"] for each in pair] for pair in zip(people, wanted, strict=True)]
+            self.kept = 1 - torch.from_numpy(np.array(heads)).amax(1)
         else:
             self.new, self.old = GROUND, HEAD
             self.kept = torch.zeros(count, SIDE, SIDE)
             self.kept[:, 16:-16, 16:-16] = 1.0
-            pictures = torch.where(self.kept[..., None] > 0.5, pictures, 0.5)
-        self.truth = torch.from_numpy(np.stack([draw(p) for p in self.wanted])).movedim(-1, 1).float() / 255
-        self.positive = conditioning(clip, [caption(p, ("style", "position", *self.new)) for p in self.wanted])
-        self.nothing = conditioning(clip, [""] * count)
-        self.sigmas = toy.sigmas(self.model, steps, "simple")
-        self.start = torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+            images = torch.where(self.kept[..., None] > 0.5, images, 0.5)
+        super().__init__(wanted, self.new, seed, steps)
+        self.truth, self.path = pictures(wanted).movedim(-1, 1), self.inverted(images, people)
         with torch.inference_mode():
-            self.latent = self.vae.encode(pictures)
-            self.path = inverted(self.model, clip, self.latent, people, self.sigmas)
-            self.source = self.show(self.latent)
-
-    show = Moving.show
+            self.source = self.show(self.vae.encode(images))
 
     def figures(self, threshold, strength, region=False):
         """{column: mean over the pictures}; region: Keep Region beside it."""
         import torch
-        import toy
         from steer.patches.inversion import keepregion
         from steer.patches.shared.schedule import Schedule
-        from steer.patches.tokens import personalizeanything
 
-        model = personalizeanything.apply(self.model, self.path, self.kept, threshold, strength, Schedule())
+        model = self.put(self.model, self.path, self.kept, threshold, strength)
         if region:
             model = keepregion.apply(model, 1 - self.kept, self.path, 0, False, Schedule())
-        given = {"positive": self.positive, "negative": self.nothing, "start": self.start, "sigmas": self.sigmas}
-        with torch.inference_mode():
-            x = self.show(toy.sample(model, CFG, **given))
-            read = self.reader.read(x)
+        x, read, _ = self.draw(model)
 
         def psnr(truth, where):
             error = ((x - truth).square().mean(1) * where).sum((1, 2)) / where.sum((1, 2))
             return float(-10 * error.log10().mean())
 
         return {
-            "new": shown(read, self.wanted, self.new), "kept": shown(read, self.wanted, self.old),
+            "new": self.share(read, self.new), "kept": self.share(read, self.old),
             "PSNR": psnr(self.source, (self.kept > 0.5).float()), "truth": psnr(self.truth, torch.ones_like(self.kept)),
         }
 

@@ -168,7 +168,8 @@ def test_the_keypoints_say_where(models, reader):
     text = [", ".join(phrases(p, {"style", "hat", "background"})) for p in people]
 
     def placed(control):
-        steers = (likeness.by_keypoints(0.0, control)(torch.from_numpy(draw(p)[None].copy()).float() / 255) for p in people)
+        images = (torch.from_numpy(draw(p)[None].copy()).float() / 255 for p in people)
+        steers = (likeness.by_keypoints(0.0, control)(image) for image in images)
         noise = evaluate.noise_of(8, 1).split(1)
         made = [evaluate.sample_noise(models, [said], part, steps=8, steer=by)
                 for said, part, by in zip(text, noise, steers, strict=True)]
