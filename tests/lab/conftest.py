@@ -1,5 +1,17 @@
 import pytest
 from steer.models.lab import common, edit, geometry
+from steer.models.lab.load import load_model
+from steer.models.lab.reader import load_reader
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_model("unet")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load_reader()
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,16 @@
 
 import random
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.lab import adapters, common, data, likeness, load
 from steer.models.lab.captions import parse
 from steer.models.lab.portrait import FACTORS, Portrait
-from steer.models.lab.reader import load_reader
 from steer.nodes.adapters import found, path_of
 from steer.nodes.identity.ipadapter import LoadAdapter
 
 FILE = "adapter.safetensors"
-
-
-@pytest.fixture(scope="module")
-def models():
-    return load.load_model("unet")
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
 
 
 def test_the_loader_offers_it_and_says_what_it_is(models):

@@ -12,7 +12,6 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from steer.models.lab import evaluate
 from steer.models.lab.load import TOKENS, dit_model, load_clip, load_model, load_unet
 from steer.models.lab.portrait import FACTORS
-from steer.models.lab.reader import load_reader
 
 PROMPTS = ["a flat portrait of a happy person, light skin, blue hair", "a comic portrait, a crown, white background"]
 
@@ -20,11 +19,6 @@ PROMPTS = ["a flat portrait of a happy person, light skin, blue hair", "a comic 
 @pytest.fixture(scope="module")
 def models():
     return load_model("dit")
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
 
 
 def sample(models, prompts=PROMPTS, seed=0, steps=4, **options):

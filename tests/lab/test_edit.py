@@ -8,17 +8,11 @@ from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 from steer.models.lab import evaluate
 from steer.models.lab.load import load_model, load_unet
 from steer.models.lab.portrait import FACTORS
-from steer.models.lab.reader import load_reader
 
 
 @pytest.fixture(scope="module")
 def models():
     return load_model("unet-edit")
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
 
 
 def test_it_is_the_hosts_instructpix2pix_on_lab_unets_decoder(models):

@@ -19,16 +19,6 @@ from nodes import CLIPTextEncode
 
 
 @pytest.fixture(scope="module")
-def models():
-    return load.load_model("unet")
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
-
-
-@pytest.fixture(scope="module")
 def trainer(work):
     """With weights that are not zero, and in fp16 are what they are."""
     made = instantid.InstantID(work, name="adapter_by_hand")

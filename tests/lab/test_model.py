@@ -11,20 +11,9 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from steer.models.lab import evaluate
 from steer.models.lab.load import MODELS, WEIGHTS, load_clip, load_model, load_unet
 from steer.models.lab.portrait import FACTORS
-from steer.models.lab.reader import load_reader
 from steer.nodes.lab.model import LabModel
 
 PROMPTS = ["a flat portrait of a happy person, light skin, blue hair", "a comic portrait, a crown, white background"]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return load_model("unet")
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
 
 
 def mean(rates):

@@ -4,12 +4,6 @@ import pytest
 import torch
 from steer.models.lab import data, evaluate, vae
 from steer.models.lab.portrait import FACTORS, Portrait, draw
-from steer.models.lab.reader import load_reader
-
-
-@pytest.fixture(scope="module")
-def reader():
-    return load_reader()
 
 
 @pytest.fixture(scope="module")
