@@ -57,7 +57,7 @@ def test_the_source_returns_at_any_cfg(model, cfg):
 
 @pytest.mark.parametrize("which", ["unet", "dit"])
 def test_the_source_returns_on_the_lab(which):
-    """From the plainest inversion, which drifts: 1e-5 at cfg 1 to 10 against 0.4 and more without."""
+    """From the plainest inversion, which drifts: 1e-4 at cfg 1 to 10 against 0.4 and more without."""
     (model, clip, vae), _ = lab(which)
     portrait = Portrait.from_seed(3)
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_the_source_returns_on_the_lab(which):
         steered, plain = (
             drawn(m, trajectory, *prompts[:1], cfg, negative=prompts[1]) for m in (direct(model, trajectory), model)
         )
-        assert off(steered, trajectory) < 1e-4
+        assert off(steered, trajectory) < 5e-4  # of rounding, which differs from processor to processor
         assert off(plain, trajectory) > 0.1
 
 

@@ -20,11 +20,13 @@ host.boot()
 import server
 import nodes
 server.PromptServer(asyncio.new_event_loop())
-asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
 gc.disable()  # whose turn may come here or elsewhere
 began = time.process_time()
+asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+extras = time.process_time() - began
+began = time.process_time()
 assert asyncio.run(nodes.load_custom_node(sys.argv[2], module_parent="custom_nodes"))
-print(time.process_time() - began)
+print((time.process_time() - began) / extras)
 """
 
 
@@ -52,12 +54,12 @@ def test_it_loads(log):
     assert "Error while calling comfy_entrypoint" not in log
 
 
-def test_it_starts_within_a_fifth_of_a_second(base):
-    """Of the processor's time, since others may have the machine too, where all that the host has itself is loaded."""
+def test_it_starts_in_three_fifths_of_the_time_of_the_hosts_own_extra_nodes(base):
+    """Of the processor's time, since others may have the machine too: 0.12 s on one, 0.3 s on another."""
     command = [sys.executable, "-c", CLOCK, str(host.ROOT / "tests"), str(base / "custom_nodes" / "steer")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert float(done.stdout.split()[-1]) < 0.2
+    assert float(done.stdout.split()[-1]) < 0.6
 
 
 def test_it_asks_for_no_package():
