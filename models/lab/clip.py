@@ -51,8 +51,7 @@ def loss(u, v, fits, scale):
 
 
 def train(out, seed=0, portraits=PORTRAITS, steps=STEPS):
-    torch.manual_seed(seed)
-    rng, names = random.Random(seed), list(FACTORS)
+    rng, names, generator = random.Random(seed), list(FACTORS), torch.Generator().manual_seed(seed)
     people = [Portrait.from_seed(rng.randrange(data.HELD_OUT)) for _ in range(portraits)]
     said = [set(rng.sample(names, rng.randint(1, len(names)))) for _ in people]
     v, t = seen(people), read([phrases(p, s) for p, s in zip(people, said, strict=True)])
@@ -64,7 +63,7 @@ def train(out, seed=0, portraits=PORTRAITS, steps=STEPS):
     log = common.Log("clip", steps, batch=BATCH)
     for step in range(1, steps + 1):
         optimiser.param_groups[0]["lr"] = 5e-3 * common.schedule(step / steps, hold=0.5)
-        at = torch.randint(len(t), (BATCH,), device=v.device)
+        at = torch.randint(len(t), (BATCH,), generator=generator).to(v.device)
         fits = ((indices[at, None] == indices[None, at]) | ~told[at, None]).all(2).float()
         error = loss(t[at] @ weight.T, v[at], fits, scale.exp())
         optimiser.zero_grad()
