@@ -1,6 +1,7 @@
 """Where each way to edit stands between doing the edit and keeping the picture, on the lab's trained models.
 
     python tests/bench/lab_editing.py [--portraits 32] [--sets 4] [--steps 20] [--tables 1 2]
+                                       [--settings NAME ...]
 
 Held-out portraits, each with one factor changed in its caption (hair colour, glasses, expression, hat in turn), so the
 truth, the same person with that change, can be drawn. Every set has portraits of its own. Per setting, over all:
@@ -10,7 +11,8 @@ truth, the same person with that change, can be drawn. Every set has portraits o
     outside   PSNR to the source, in dB, where the drawn portraits agree, more than 4 pixels from where they differ
     truth     PSNR to the drawn truth; all pictures as the VAE renders them
     rows      of the network per picture and step of the drawing, without the inversion; 2 is plain CFG
-All that start from an inverted picture start from the same (fixed-point), and all draw at the same cfg.
+All that start from an inverted picture start from the same (fixed-point), and all draw at the same cfg. FluxSpace's
+prompts say nothing of the edit. FreeControl and DiffuseIT draw from noise of their own, under the new prompt.
 Writes tests/bench/lab_editing.md and planes of edited against identity and outside, nodes/help/plane.jpg.
 """
 
@@ -96,7 +98,7 @@ def with_outside(lab):
 def measured(which):
     """Rows of the table of one model."""
 
-    def rows(portraits, sets, steps):
+    def rows(portraits, sets, steps, settings=()):
         import torch
         import toy
         from bench.lab_editing_settings import SETTINGS
@@ -105,7 +107,7 @@ def measured(which):
         for lab in labs:
             trajectory(lab, steps)
         for name, models, edit in SETTINGS:
-            if which not in models:
+            if which not in models or settings and not name.startswith(tuple(settings)):
                 continue
             found = []
             with toy.count_forwards(labs[0].model) as count:
@@ -174,7 +176,7 @@ def panel(draw, left, top, title, found, side=380, pad=40):
 
 
 def main():
-    size, numbers = arguments(__doc__, portraits=32, sets=4, steps=20)
+    size, numbers = arguments(__doc__, True, portraits=32, sets=4, steps=20)
     host.enter()
     host.load_pack()
     make(RESULTS, INTRO, TABLES, size, numbers)

@@ -1,8 +1,9 @@
 """What tests/bench/lab_editing.py measures: [(name, models, edit(lab, steps, seed) -> latent [B, C, H, W])]."""
 
 from bench.lab_editing import redraw, trajectory
+from bench.lab_fluxspace import steered as fluxspace
 from bench.lab_inversion_edit import editfriendly, flowedit, sdedit
-from bench.lab_layout import kvreuse, masactrl, plugandplay
+from bench.lab_layout import diffuseit, freecontrol, kvreuse, masactrl, plugandplay
 from bench.lab_unified import edit as unified
 from bench.lab_words import prompttoprompt
 from steer.patches.inversion import directinversion
@@ -21,6 +22,17 @@ def steered(steer):
     return lambda lab, steps, seed: redraw(lab, steps, steer(lab, trajectory(lab, steps)))
 
 
+def anew(steer):
+    """The new prompt from noise of its own: the source is there through the method alone."""
+    return lambda lab, steps, seed: lab.sample(
+        steer(lab, trajectory(lab, steps)), lab.after, "euler", lab.sigmas(steps), start=lab.noise(seed))
+
+
+def shown(fine, share):
+    """FluxSpace from the inverted pictures, under prompts that say nothing of the edit."""
+    return lambda lab, steps, seed: redraw(lab, steps, *fluxspace(lab, fine, share))
+
+
 SETTINGS = [
     ("re-prompt, same noise", BOTH, steered(lambda lab, path: lab.model)),
     ("SDEdit, last 40 %", BOTH, last(0.4, sdedit)),
@@ -37,6 +49,13 @@ SETTINGS = [
     ("MasaCtrl from 30 %", BOTH, steered(lambda lab, path: masactrl(lab, path, start=0.3))),
     ("Plug-and-Play", BOTH, steered(plugandplay)),
     ("Plug-and-Play to 30 %", BOTH, steered(lambda lab, path: plugandplay(lab, path, end=0.3, features_end=0.3))),
+    ("FluxSpace", ("dit",), shown(5.0, 0.5)),
+    ("FluxSpace, fine 1, coarse 0", ("dit",), shown(1.0, 0.0)),
+    ("prompt alone, own noise", BOTH, anew(lambda lab, path: lab.model)),
+    ("FreeControl", BOTH, anew(freecontrol)),
+    ("FreeControl, gradient, strength 3", BOTH, anew(lambda lab, path: freecontrol(
+        lab, path, 3.0, method="gradient"))),
+    ("DiffuseIT by Lab Vision", BOTH, anew(lambda lab, path: diffuseit(lab, path, eye="vision"))),
     ("Keep Region, the true one", BOTH, steered(lambda lab, path: kvreuse(lab, path, alone=True))),
     ("KV Reuse, the true region", BOTH, steered(kvreuse)),
     ("KV Reuse, attention scale 1", BOTH, steered(lambda lab, path: kvreuse(lab, path, 1.0))),

@@ -164,6 +164,26 @@ def of_pictures(portraits, seeds, steps):
         yield name, {column: sum(values) / len(values) for column, values in every.items()}
 
 
+def steered(lab, fine, share):
+    """(MODEL, CONDITIONING) for the edits of a `Case`: the prompts say nothing of the factor, FluxSpace adds it."""
+    import torch
+    from steer.models.lab.captions import caption, phrases
+    from steer.models.lab.evaluate import conditioning
+    from steer.models.lab.load import load_clip
+    from steer.models.lab.portrait import FACTORS
+    from steer.patches.attention import fluxspace
+    from steer.patches.shared.schedule import Schedule
+
+    clip, pairs = cache(load_clip)(lab.which), list(zip(lab.edits, lab.factors, strict=True))
+    edits = [phrases(p, (factor,))[-1] for p, factor in pairs]
+    words = [getattr(p, factor).split()[-1] for p, factor in pairs]
+    found = [fluxspace.texts(clip, *each) for each in zip(edits, words, strict=True)]
+    texts = conditioning(clip, edits), found[0][1], torch.cat([columns for *_, columns in found])
+    model = fluxspace.apply(lab.model, *texts, fine, share, 0.5, "auto", Schedule(0.07, 1.0))
+    rest = [caption(p, tuple(name for name in FACTORS if name != factor)) for p, factor in pairs]
+    return model, conditioning(clip, rest)
+
+
 TABLES = [
     ("FluxSpace, Lab-DiT (flow)", COLUMNS, edits),
     ("FluxSpace on inverted portraits, Lab-DiT (flow)", COLUMNS, of_pictures),

@@ -2,7 +2,8 @@
 
     python tests/bench/lab_style.py [--portraits 8] [--sets 4] [--steps 10] [--tables 1]
 
-Held-out portraits, each in the style of its neighbour in the set, inverted and drawn without a prompt at cfg 1:
+Held-out portraits, each in the style of its neighbour in the set, inverted and drawn without a prompt at cfg 1; beside
+it three ways that are told the neighbour's colours by a prompt, at cfg 2.5:
     palette    distance of the colours from the style's, wherever they are (sliced Wasserstein, in units of white)
     structure  correlation of light and dark with the content
     layout     share of position, hat, glasses, hair style and expression that the reader finds as in the content, of
@@ -11,13 +12,15 @@ Held-out portraits, each in the style of its neighbour in the set, inverted and 
 Writes tests/bench/lab_style.md.
 """
 
+import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
-from bench.lab_inversion_edit import case  # noqa: E402
+from bench.lab_inversion_edit import case, flowedit, sdedit  # noqa: E402
 from bench.tables import arguments, make  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".md")
@@ -37,6 +40,32 @@ SETTINGS = [  # name, start, (gamma, temperature, layers) or None
     ("gamma 0.75, " + OWN, OWN, (0.75, 1.5, "output")),
     ("gamma 0.75, layers auto", START, (0.75, 1.5, "auto")),
 ]
+BASELINES = [  # name, edit(a `Case` of the prompts, path, seed) -> latent
+    ("re-prompt, same noise", lambda lab, path, seed: again(lab, path)),
+    *((f"SDEdit by prompt, last {share:.0%}", lambda lab, path, seed, share=share: sdedit(
+        lab, len(path.sigmas) - 1, round(share * (len(path.sigmas) - 1)), seed)) for share in (0.4, 0.6, 0.8)),
+    *((f"FlowEdit by prompt, last {share:.0%}", lambda lab, path, seed, share=share: flowedit(
+        lab, len(path.sigmas) - 1, round(share * (len(path.sigmas) - 1)), seed)) for share in (0.6, 0.8)),
+]
+
+
+def told(lab):
+    """The `Case` with prompts that give each portrait its neighbour's colours."""
+    from steer.models.lab.captions import caption
+    from steer.models.lab.evaluate import conditioning
+    from steer.models.lab.load import load_clip
+
+    lab, pairs = copy.copy(lab), zip(lab.sources, [lab.sources[-1], *lab.sources], strict=False)
+    edits = [replace(p, **{name: getattr(neighbour, name) for name in COLOURS}) for p, neighbour in pairs]
+    lab.after = conditioning(load_clip(lab.which), [caption(p) for p in edits])
+    return lab
+
+
+def again(lab, path):
+    from steer.patches.inversion.invert import InvertedNoise
+
+    start = InvertedNoise(path, lab.model).generate_noise({"samples": lab.latent})
+    return lab.sample(lab.model, lab.after, "euler", path.sigmas, start=start)
 
 
 def palette(a, b):
@@ -93,12 +122,14 @@ def transfers(portraits, sets, steps):
     import torch
 
     labs = [case("unet", portraits, 7000 + 1000 * n) for n in range(sets)]
-    paths = [pictures(lab, steps) for lab in labs]
-    for name, start, settings in SETTINGS:
+    paths, prompted = [pictures(lab, steps) for lab in labs], [told(lab) for lab in labs]
+    ways = [(name, lambda n, edit=edit: labs[n].show(edit(prompted[n], paths[n][0], n))) for name, edit in BASELINES]
+    ways += [(name, lambda n, how=how: drawn(labs[n], *paths[n], *how)) for name, *how in SETTINGS]
+    for name, way in ways:
         found = {column: [] for column in COLUMNS}
-        for lab, path in zip(labs, paths, strict=True):
-            x = drawn(lab, *path, start, settings)
+        for n, lab in enumerate(labs):
             with torch.inference_mode():
+                x = way(n)
                 read = lab.reader.read(x)
             neighbours = [lab.sources[i - 1] for i in range(portraits)]
             found["palette"] += palette(x, lab.source.roll(1, 0)).tolist()

@@ -4,13 +4,19 @@ import argparse
 import os
 
 
-def arguments(doc, **defaults):
-    """({size: whole number, "bf16": bool}, numbers of the tables to make) of a bench's command line."""
+def arguments(doc, settings=False, **defaults):
+    """({size: whole number, "bf16": bool}, numbers of the tables to make) of a bench's command line.
+
+    settings: single rows can be asked for; then the sizes have the beginnings of their names, `rows` leaves others out.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bf16", action="store_true", help="autocast: twice as fast where a CPU has it, fine to 40 dB")
     parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make anew; all by default")
+    if settings:
+        help = "beginnings of the rows to make anew, the others stay as they are"
+        parser.add_argument("--settings", nargs="+", default=(), help=help)
     size = vars(parser.parse_args())
     return size, size.pop("tables")
 
@@ -26,7 +32,10 @@ def make(path, intro, tables, size, numbers=None, form=".3f"):
     titles, found = [title for title, _, _ in tables], {}
     size = dict(size)
     bf16 = size.pop("bf16")
-    sizes = " ".join(f"--{name} {value}" for name, value in size.items()) + " --bf16" * bf16
+    settings = size.get("settings", ())
+    sizes = " ".join(f"--{name} {value}" for name, value in size.items() if name != "settings") + " --bf16" * bf16
+    asked = "".join(f' "{name}"' for name in settings)
+    asked = f" --settings{asked}" if asked else ""
     for number, (title, columns, rows) in enumerate(tables, 1):
         if numbers and number not in numbers:
             continue
@@ -39,9 +48,20 @@ def make(path, intro, tables, size, numbers=None, form=".3f"):
                 lines.append(f"| {name} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
                 found[number].append((name, figures))
-        by = f"`{path.stem}.py {sizes} --tables {number}`"
-        write(path, intro, titles, {title: "\n".join([by, "", *lines])})
+        by = f"`{path.stem}.py {sizes} --tables {number}{asked}`"
+        old = read(path).get(title, "") if asked else ""
+        write(path, intro, titles, {title: merged(old, by, lines)})
     return found
+
+
+def merged(old, by, lines):
+    """The text of a table made by the command `by`; in `old`, where there is one, the rows of the same name give way
+    to it, and new ones come last."""
+    if not old:
+        return "\n".join([by, "", *lines])
+    before, _, *rows = old.splitlines()
+    rows = {row.split("|")[1]: row for row in (*rows, *lines)}
+    return "\n".join([before if by in before else f"{before}; {by}", "", *rows.values()])
 
 
 def read(path):
