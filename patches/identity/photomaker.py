@@ -5,17 +5,23 @@ from ..shared.fused import delayed, embedded, fused, marked
 from ..shared.reference import check_node
 from ..shared.steering import blame, number
 
+CARRIED = "steer_photomaker"  # attachment of a model: digests of the files whose LoRA it has
+
 
 class PhotoMaker:
     node = "SteerPhotoMaker"
 
 
 def with_lora(model, adapter, strength):
-    """A clone of `model` that carries the file's LoRA; ValueError where it does not fit."""
+    """A clone of `model` that carries the file's LoRA; where it does already, by another of these nodes, as it is.
+
+    ValueError where it does not fit.
+    """
     import comfy.lora
     from comfy.utils import unet_to_diffusers
 
-    if not adapter.weights or strength == 0.0:
+    carried = model.get_attachment(CARRIED) or ()
+    if not adapter.weights or strength == 0.0 or adapter.digest in carried:
         return model
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     for name, key in unet_to_diffusers(model.model.model_config.unet_config).items():
@@ -23,6 +29,7 @@ def with_lora(model, adapter, strength):
     patches = comfy.lora.load_lora(dict(adapter.weights), names, log_missing=False)
     pairs = sum(key.endswith(("down.weight", "lora_A.weight")) for key in adapter.weights)
     model = model.clone()
+    model.set_attachments(CARRIED, (*carried, adapter.digest))
     taken = len(model.add_patches(patches, strength))
     if taken < pairs:
         raise ValueError(

@@ -162,6 +162,8 @@ def test_the_files_lora(model, clip, form):
         out = toy.sample(ours, positive=positive, negative=NEGATIVE)
         hand = toy.sample(merged(tree, strength), positive=positive, negative=NEGATIVE)
         assert near(out, hand, 1e-4) and not near(out, toy.sample(model, positive=positive, negative=NEGATIVE), 1e-3)
+    twice = made(ours, clip, adapter)[0]  # once, with the first strength
+    assert torch.equal(toy.sample(twice, positive=positive, negative=NEGATIVE), out)
     assert made(model, clip, adapter, lora_strength=0.0)[0] is model
     assert torch.equal(toy.sample(model, positive=NEGATIVE, negative=NEGATIVE), before)
 
