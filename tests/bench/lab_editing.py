@@ -134,16 +134,17 @@ def plane(tables):
     upwards, names beside."""
     from PIL import Image, ImageDraw
 
-    wide, high = 690, 460
+    side = 16 * max(text.count("\n") for text in tables.values())  # room for the names
+    wide, high = side + 310, side + 80
     sheet = Image.new("RGB", (2 * wide, len(tables) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (title, text) in enumerate(tables.items()):
         for m, (column, kept) in enumerate((("identity", "same face, 1 is the same"), ("outside", "PSNR outside, dB"))):
-            panel(draw, m * wide, n * high, f"{title}: {kept}, over edited", points(text, column))
+            panel(draw, m * wide, n * high, f"{title}: {kept}, over edited", points(text, column), side)
     return sheet
 
 
-def panel(draw, left, top, title, found, side=380, pad=40):
+def panel(draw, left, top, title, found, side, pad=40):
     """One of the pictures; each name stands at the height of its point, or as near below it as there is room."""
     ends = []
     for axis in (1, 2):
