@@ -97,6 +97,8 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | adapter_faceid.safetensors | IP-Adapter, FaceID layout without LoRA: 4 tokens from 512-d identity | Load Adapter |
 | adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, 7 layers | Load Adapter |
 | controlnet.safetensors | ControlNet of the UNet: keypoints as its picture, the 4 tokens as its text | CONTROL_NET |
+| adapter_dit.safetensors | IP-Adapter, InstantX' layout, for the DiT: 16 tokens, 8 blocks | Load Adapter |
+| adapter_pulid.safetensors | PuLID's layout, for the DiT: 8 tokens, 4 cross-attentions | Load Adapter |
 | time.safetensors | four convolutions: the UNet's noise level, in 128 classes | Load Time Predictor |
 | time_dit.safetensors | the same for the DiT's | Load Time Predictor |
 | reader.safetensors | convolutions; factors, face geometry, 512-d identity | Lab Read |
@@ -124,9 +126,10 @@ a portrait what the text encoder makes of its caption; then the reference is the
 (50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
 adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without
 face. Stage geometry: a judge that reads face geometry and factors off latents; from then on adapters are also trained
-so that it finds the reference's face in their clean estimates (the shipped plus and FaceID adapters are older).
-InstantID: as FaceID, its tokens and a ControlNet that begins as the UNet's encoder and adds nothing at first, together;
-trained in fp32, from 4200 portraits in batches of 16.
+so that it finds the reference's face in their clean estimates (the shipped plus adapter is older). InstantID: as
+FaceID, its tokens and a ControlNet that begins as the UNet's encoder and adds nothing at first, together. For the DiT,
+which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID. All
+that have a judge were trained in fp32, from 4200 portraits in batches of 16.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents. Time
 predictors: noisy latents as the network sees them, times uniform, cross-entropy.
 

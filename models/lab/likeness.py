@@ -131,7 +131,7 @@ def by_picture(strength, file="adapter.safetensors"):
     return lambda model, images: ipadapter.apply(model, made, *chosen, images, vision)
 
 
-def by_face(strength, file="adapter_faceid.safetensors"):
+def by_face(strength, file="adapter_faceid.safetensors", mask=None):
     """The same with the lab's FaceID adapter, which is told the reader's identity of them."""
     from ...patches.identity import faceid
     from ...patches.shared.schedule import Schedule
@@ -139,7 +139,7 @@ def by_face(strength, file="adapter_faceid.safetensors"):
 
     made, reader = adapter.load(str(load.WEIGHTS / file)), load_reader()
     chosen = (strength, "linear", "auto", "one each", "as trained", 1.0, 1.0, Schedule())
-    return lambda model, images: faceid.apply(model, made, reader(images.movedim(-1, 1))[2], *chosen)
+    return lambda model, images: faceid.apply(model, made, reader(images.movedim(-1, 1))[2], *chosen, mask=mask)
 
 
 POSED = ("position", "expression")  # what keypoints show, beside the face
@@ -166,7 +166,7 @@ def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", n
     return steer
 
 
-def by_eyes(strength, file="adapter_pulid.safetensors"):
+def by_eyes(strength, file="adapter_pulid.safetensors", mask=None):
     """The same with the lab's PuLID: the identity of a picture, and what the image encoder sees of its face."""
     from ...patches.identity import face, pulid
     from ...patches.shared.schedule import Schedule
@@ -179,7 +179,7 @@ def by_eyes(strength, file="adapter_pulid.safetensors"):
 
     def steer(image):
         who = face.faces_of(image, finder)[0]
-        return lambda model, *conds: (pulid.apply(model, made, who, eyes, *chosen), *conds)
+        return lambda model, *conds: (pulid.apply(model, made, who, eyes, *chosen, mask=mask), *conds)
 
     return steer
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from . import data, evaluate, load
+from . import data, evaluate, likeness, load
 from .captions import phrases
 from .portrait import FACTORS, SIZE, draw
 from .reader import load_reader
@@ -85,6 +85,32 @@ def by_words(models, merge, file="adapter_fastcomposer.safetensors"):
     return steer
 
 
+def by_regions(models, place):
+    """steer of `drawn`: each person's words in their half, and by place(MODEL, picture, MASK) the face there."""
+    from ...patches.shared.schedule import Schedule
+    from ...patches.tokens import regions
+
+    left = torch.zeros(1, SIZE, 2 * SIZE)
+    left[..., :SIZE] = 1.0
+    masks = left, 1 - left
+
+    def steer(text, pictures):
+        parts = text.split(", ")
+        second = [n for n, part in enumerate(parts) if "person" in part][1]
+        words = ", ".join(parts[:second]), ", ".join(parts[second:])
+
+        def steered(model, positive, negative):
+            given = list(zip(words, masks, strict=True))
+            model, positive = regions.apply(model, models[1], text, given, 1.0, "auto", "auto", Schedule())
+            for picture, mask in zip(pictures, masks, strict=True):
+                model = place(model, picture[None], mask)
+            return model, positive, negative
+
+        return steered
+
+    return steer
+
+
 def truth(reader, vae, case):
     """`judge` of the wanted portraits, drawn and sent through the VAE: what can be reached."""
     scenes, _, images = case
@@ -92,6 +118,22 @@ def truth(reader, vae, case):
     with torch.inference_mode():
         x = vae.decode(vae.encode(x.float() / 255)).movedim(-1, 1).float()
     return judge(reader, x, scenes, images)
+
+
+def with_faces(which, count, **options):
+    """{setting: `judge`} of two persons by their words alone, by words in regions, and by a face each beside these:
+    FaceID on the Lab-UNet, PuLID on the Lab-DiT; and what can be reached."""
+    reader, models, case = load_reader(), load.load_model(which), cases(count)
+
+    def place(model, picture, mask):
+        if which == "unet":
+            return likeness.by_face(1.0, mask=mask)(model, picture)
+        return likeness.by_eyes(1.0, mask=mask)(picture)(model)[0]
+
+    ways = {"words": None, "Regions": lambda model, *_: model, "and faces": place}
+    ways = {name: way and by_regions(models, way) for name, way in ways.items()}
+    found = {name: drawn(reader, models, case, steer, **options)[0] for name, steer in ways.items()}
+    return found | {"reachable": truth(reader, models[2], case)}
 
 
 MERGES = {"off": None, "words alone": 1.0, "merge 0.3": 0.3, "merge 0": 0.0}  # off: without the node

@@ -13,12 +13,14 @@ with its ControlNet, for the same, except that the reference has position and ex
 Table 4: an IP-Adapter (InstantX layout) of the Lab-DiT, for prompts as of table 1, at cfg 4. Table 5: FastComposer, two
 persons in one picture, of whom the prompt names two factors each; the halves are read one by one, taken is as in a
 person's own reference, mixed as in the other's, where they differ, nearer the share of persons whose face is more alike
-to their own. Table 6: PuLID on the Lab-DiT, as table 2, at cfg 4. The last row is
-the wanted portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
+to their own. Table 6: PuLID on the Lab-DiT, as table 2, at cfg 4. Tables 7 and 8: two persons as in table 5, by their
+words, by words in regions, and with FaceID (UNet) or PuLID (DiT) for the face of each. The last row is the wanted
+portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
 By default the tables of all adapters that are there.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -72,6 +74,13 @@ def two(portraits, seeds, steps):
     yield from persons.curve(portraits, seeds=seeds, steps=steps).items()
 
 
+def placed(which, portraits, seeds, steps):
+    from steer.models.lab import evaluate, persons
+
+    options = evaluate.FLOW if which == "dit" else {}
+    yield from persons.with_faces(which, portraits, seeds=seeds, steps=steps, **options).items()
+
+
 def eyes(portraits, seeds, steps):
     from steer.models.lab import evaluate, likeness
     from steer.models.lab.portrait import FACTORS
@@ -92,15 +101,19 @@ def rows(steer, case, named, seeds, steps, strengths=None, which="unet", draw=No
     yield "the wanted portrait", likeness.truth(reader, models[2], case, named)
 
 
+TWO = "obeyed", "taken", "mixed", "nearer", "identity", "other's"
 TABLES = [
     ("IP-Adapter, Lab-UNet", ("obeyed", "taken", "identity", "strangers"), pictures),
     ("FaceID, Lab-UNet", ("obeyed", "identity", "strangers"), faces),
     ("InstantID, Lab-UNet", ("obeyed", "identity", "strangers"), keypoints),
     ("IP-Adapter, Lab-DiT", ("obeyed", "taken", "identity", "strangers"), flow),
-    ("FastComposer, Lab-UNet", ("obeyed", "taken", "mixed", "nearer", "identity", "other's"), two),
+    ("FastComposer, Lab-UNet", TWO, two),
     ("PuLID, Lab-DiT", ("obeyed", "identity", "strangers"), eyes),
+    ("Two persons, Lab-UNet", TWO, partial(placed, "unet")),
+    ("Two persons, Lab-DiT", TWO, partial(placed, "dit")),
 ]
-FILES = ("adapter", "adapter_faceid", "adapter_instantid", "adapter_dit", "adapter_fastcomposer", "adapter_pulid")
+FILES = ("adapter", "adapter_faceid", "adapter_instantid", "adapter_dit", "adapter_fastcomposer", "adapter_pulid",
+         "adapter_faceid", "adapter_pulid")  # fmt: skip
 
 
 def main():

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
 from steer.models.identity.pulid import FLUX
-from steer.models.lab import common, dit, evaluate, likeness, load, pulid
+from steer.models.lab import common, dit, evaluate, likeness, load, persons, pulid
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import keypoints
 from steer.models.lab.portrait import FACTORS, draw
@@ -115,3 +115,20 @@ def test_what_the_bench_draws(exported):
                for s in (0.0, 1.0))
     assert off == pytest.approx(likeness.drawn(reader, models, lambda model, _: model, case, **options), abs=0.02)
     assert abs(on["strangers"] - off["strangers"]) > 1e-3
+
+
+def test_the_face_comes_over_and_the_prompt_tells_the_rest():
+    """8 unseen faces, one noise, each shown by a picture that shares nothing else with what is asked for."""
+    case, options = likeness.faces(8, 60_000), {**evaluate.FLOW, "named": tuple(FACTORS), "steps": 10}
+    reader, models = load_reader(), load.load_model("dit")
+    off, on = (likeness.drawn_alone(reader, models, likeness.by_eyes(s), case, **options) for s in (0.0, 1.0))
+    assert on["identity"] > off["identity"] + 0.4 and on["identity"] > on["strangers"] + 0.4
+    assert on["obeyed"] > 0.95
+
+
+def test_two_persons_keep_their_faces():
+    """6 scenes of two unseen persons: words and a face for each half."""
+    found = persons.with_faces("dit", 6, steps=10, **evaluate.FLOW)
+    assert found["and faces"]["nearer"] >= 0.8 > found["Regions"]["nearer"]
+    assert found["and faces"]["identity"] > found["Regions"]["identity"] + 0.2
+    assert abs(found["and faces"]["other's"]) < 0.2
