@@ -131,7 +131,7 @@ def by_picture(strength, file="adapter.safetensors"):
     return lambda model, images: ipadapter.apply(model, made, *chosen, images, vision)
 
 
-def by_face(strength, file="adapter_faceid.safetensors", mask=None):
+def by_face(strength, file="adapter_faceid.safetensors"):
     """The same with the lab's FaceID adapter, which is told the reader's identity of them."""
     from ...patches.identity import faceid
     from ...patches.shared.schedule import Schedule
@@ -139,16 +139,19 @@ def by_face(strength, file="adapter_faceid.safetensors", mask=None):
 
     made, reader = adapter.load(str(load.WEIGHTS / file)), load_reader()
     chosen = (strength, "linear", "auto", "one each", "as trained", 1.0, 1.0, Schedule())
-    return lambda model, images: faceid.apply(model, made, reader(images.movedim(-1, 1))[2], *chosen, mask=mask)
+    return lambda model, images: faceid.apply(model, made, reader(images.movedim(-1, 1))[2], *chosen)
 
 
 POSED = ("position", "expression")  # what keypoints show, beside the face
 
 
-def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", net="controlnet.safetensors"):
+def by_keypoints(
+    strength, control=None, file="adapter_instantid.safetensors", net="controlnet.safetensors", mask=None, side=None
+):
     """steer of `drawn_alone`: the lab's InstantID, which is told the identity of a picture and shown its keypoints.
 
-    control: strength of the ControlNet, where it is not the same.
+    control: strength of the ControlNet, where it is not the same.  side: 0 or 1 for the left or the right half of a
+    picture twice as wide, where the keypoints are; nothing is in the other.
     """
     from ...patches.identity import face, instantid
     from ...patches.shared.schedule import Schedule
@@ -160,8 +163,11 @@ def by_keypoints(strength, control=None, file="adapter_instantid.safetensors", n
 
     def steer(image):
         who = face.faces_of(image, finder)[0]
-        given = made, control_net, who, face.drawn(who), strength, control, "linear", "auto", Schedule()
-        return lambda *models: instantid.apply(*models, *given)
+        hint = face.drawn(who)
+        if side is not None:
+            hint = torch.cat((hint, torch.zeros_like(hint)), 2).roll(side * hint.shape[2], 2)
+        given = made, control_net, who, hint, strength, control, "linear", "auto", Schedule()
+        return lambda *models: instantid.apply(*models, *given, mask=mask)
 
     return steer
 

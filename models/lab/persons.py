@@ -86,7 +86,8 @@ def by_words(models, merge, file="adapter_fastcomposer.safetensors"):
 
 
 def by_regions(models, place):
-    """steer of `drawn`: each person's words in their half, and by place(MODEL, picture, MASK) the face there."""
+    """steer of `drawn`: each person's words in their half, and the face there by place(picture, MASK, side), which
+    gives what `evaluate.sample_noise` takes."""
     from ...patches.shared.schedule import Schedule
     from ...patches.tokens import regions
 
@@ -102,9 +103,10 @@ def by_regions(models, place):
         def steered(model, positive, negative):
             given = list(zip(words, masks, strict=True))
             model, positive = regions.apply(model, models[1], text, given, 1.0, "auto", "auto", Schedule())
-            for picture, mask in zip(pictures, masks, strict=True):
-                model = place(model, picture[None], mask)
-            return model, positive, negative
+            made = model, positive, negative
+            for side, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+                made = place(picture[None], mask, side)(*made)
+            return made
 
         return steered
 
@@ -122,15 +124,15 @@ def truth(reader, vae, case):
 
 def with_faces(which, count, **options):
     """{setting: `judge`} of two persons by their words alone, by words in regions, and by a face each beside these:
-    FaceID on the Lab-UNet, PuLID on the Lab-DiT; and what can be reached."""
+    InstantID on the Lab-UNet, PuLID on the Lab-DiT; and what can be reached."""
     reader, models, case = load_reader(), load.load_model(which), cases(count)
 
-    def place(model, picture, mask):
+    def place(picture, mask, side):
         if which == "unet":
-            return likeness.by_face(1.0, mask=mask)(model, picture)
-        return likeness.by_eyes(1.0, mask=mask)(picture)(model)[0]
+            return likeness.by_keypoints(1.0, mask=mask, side=side)(picture)
+        return likeness.by_eyes(1.0, mask=mask)(picture)
 
-    ways = {"words": None, "Regions": lambda model, *_: model, "and faces": place}
+    ways = {"words": None, "Regions": lambda *_: lambda *made: made, "and faces": place}
     ways = {name: way and by_regions(models, way) for name, way in ways.items()}
     found = {name: drawn(reader, models, case, steer, **options)[0] for name, steer in ways.items()}
     return found | {"reachable": truth(reader, models[2], case)}

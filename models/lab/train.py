@@ -25,8 +25,8 @@
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes of processor time in
-all, with the learning rate at zero; the defaults are what the shipped weights were given on one core of a CPU with bf16
-instructions.
+all, with the learning rate at zero; the defaults are for one core of a CPU with bf16 instructions. What the shipped
+weights were given is in weights/card.md.
 Weights of a stage and its optimiser lie in --work; the log is weights/training.csv.
 """
 

@@ -14,7 +14,7 @@ Table 4: an IP-Adapter (InstantX layout) of the Lab-DiT, for prompts as of table
 persons in one picture, of whom the prompt names two factors each; the halves are read one by one, taken is as in a
 person's own reference, mixed as in the other's, where they differ, nearer the share of persons whose face is more alike
 to their own. Table 6: PuLID on the Lab-DiT, as table 2, at cfg 4. Tables 7 and 8: two persons as in table 5, by their
-words, by words in regions, and with FaceID (UNet) or PuLID (DiT) for the face of each. The last row is the wanted
+words, by words in regions, and with InstantID (UNet) or PuLID (DiT) for the face of each. The last row is the wanted
 portrait itself, drawn and sent through the VAE. Writes tests/bench/lab_identity.md.
 By default the tables of all adapters that are there.
 """
@@ -113,7 +113,7 @@ TABLES = [
     ("Two persons, Lab-DiT", TWO, partial(placed, "dit")),
 ]
 FILES = ("adapter", "adapter_faceid", "adapter_instantid", "adapter_dit", "adapter_fastcomposer", "adapter_pulid",
-         "adapter_faceid", "adapter_pulid")  # fmt: skip
+         "adapter_instantid", "adapter_pulid")  # fmt: skip
 
 
 def main():

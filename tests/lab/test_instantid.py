@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import common, data, evaluate, instantid, likeness, load
+from steer.models.lab import common, data, evaluate, instantid, likeness, load, persons
 from steer.models.lab.captions import phrases
 from steer.models.lab.face import LabRecogniser, keypoints
 from steer.models.lab.portrait import FACTORS, Portrait, draw
@@ -167,3 +167,12 @@ def test_the_keypoints_say_where(models, reader):
         return sum(r["position"][0] == p.position for r, p in zip(read, people, strict=True)) / 8
 
     assert placed(1.0) >= 0.9 and placed(0.0) <= 0.7
+
+
+def test_two_persons_keep_their_faces_and_their_words():
+    """6 scenes of two unseen persons: words, keypoints and a face for each half."""
+    found = persons.with_faces("unet", 6, steps=10)
+    assert found["and faces"]["nearer"] >= 0.75 > found["Regions"]["nearer"]
+    assert found["and faces"]["identity"] > found["Regions"]["identity"] + 0.25
+    assert abs(found["and faces"]["other's"]) < 0.2
+    assert found["and faces"]["obeyed"] >= 0.85
