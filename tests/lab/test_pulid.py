@@ -129,6 +129,6 @@ def test_the_face_comes_over_and_the_prompt_tells_the_rest():
 def test_two_persons_keep_their_faces():
     """6 scenes of two unseen persons: words and a face for each half."""
     found = persons.with_faces("dit", 6, steps=10, **evaluate.FLOW)
-    assert found["and faces"]["nearer"] >= 0.8 > found["Regions"]["nearer"]
+    assert found["and faces"]["nearer"] >= 0.75 > found["Regions"]["nearer"]
     assert found["and faces"]["identity"] > found["Regions"]["identity"] + 0.2
     assert abs(found["and faces"]["other's"]) < 0.2
