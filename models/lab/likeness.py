@@ -150,8 +150,9 @@ def by_keypoints(
 ):
     """steer of `drawn_alone`: the lab's InstantID, which is told the identity of a picture and shown its keypoints.
 
-    control: strength of the ControlNet, where it is not the same.  side: 0 or 1 for the left or the right half of a
-    picture twice as wide, where the keypoints are; nothing is in the other.
+    control: strength of the ControlNet, where it is not the same.  mask: where the face counts.
+    side: 0 or 1 for the left or the right half of a picture twice as wide, where the keypoints are; nothing is in the
+        other.
     """
     from ...patches.identity import face, instantid
     from ...patches.shared.schedule import Schedule

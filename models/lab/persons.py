@@ -85,9 +85,9 @@ def by_words(models, merge, file="adapter_fastcomposer.safetensors"):
     return steer
 
 
-def by_regions(models, place):
-    """steer of `drawn`: each person's words in their half, and the face there by place(picture, MASK, side), which
-    gives what `evaluate.sample_noise` takes."""
+def by_regions(models, place=None):
+    """steer of `drawn`: each person's words in their half, and the face there by place(picture, MASK, side), if given,
+    which gives what `evaluate.sample_noise` takes."""
     from ...patches.shared.schedule import Schedule
     from ...patches.tokens import regions
 
@@ -104,8 +104,8 @@ def by_regions(models, place):
             given = list(zip(words, masks, strict=True))
             model, positive = regions.apply(model, models[1], text, given, 1.0, "auto", "auto", Schedule())
             made = model, positive, negative
-            for side, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-                made = place(picture[None], mask, side)(*made)
+            for side, mask in enumerate(masks if place else ()):
+                made = place(pictures[side][None], mask, side)(*made)
             return made
 
         return steered
@@ -132,8 +132,7 @@ def with_faces(which, count, **options):
             return likeness.by_keypoints(1.0, mask=mask, side=side)(picture)
         return likeness.by_eyes(1.0, mask=mask)(picture)
 
-    ways = {"words": None, "Regions": lambda *_: lambda *made: made, "and faces": place}
-    ways = {name: way and by_regions(models, way) for name, way in ways.items()}
+    ways = {"words": None, "Regions": by_regions(models), "and faces": by_regions(models, place)}
     found = {name: drawn(reader, models, case, steer, **options)[0] for name, steer in ways.items()}
     return found | {"reachable": truth(reader, models[2], case)}
 

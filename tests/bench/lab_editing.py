@@ -47,11 +47,12 @@ def trajectory(lab, steps):
     return paths[steps]
 
 
-def redraw(lab, steps, model, positive=None, **options):
-    """Latents drawn from where the pictures were inverted to, under the new prompt if no other is given."""
+def redraw(lab, steps, model, positive=None, path=None, **options):
+    """Latents drawn from where the pictures were inverted to, by `trajectory` if no other path is given, under the new
+    prompt if no other is."""
     from steer.patches.inversion.invert import InvertedNoise
 
-    found = trajectory(lab, steps)
+    found = trajectory(lab, steps) if path is None else path
     start = InvertedNoise(found, lab.model).generate_noise({"samples": lab.latent})
     positive = lab.after if positive is None else positive
     return lab.sample(model, positive, "euler", found.sigmas, start=start, **options)

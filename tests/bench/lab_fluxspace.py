@@ -174,7 +174,7 @@ def steered(lab, fine, share):
     from steer.patches.attention import fluxspace
     from steer.patches.shared.schedule import Schedule
 
-    clip, pairs = cache(load_clip)(lab.which), list(zip(lab.edits, lab.factors, strict=True))
+    clip, pairs = load_clip(lab.which), list(zip(lab.edits, lab.factors, strict=True))
     edits = [phrases(p, (factor,))[-1] for p, factor in pairs]
     words = [getattr(p, factor).split()[-1] for p, factor in pairs]
     found = [fluxspace.texts(clip, *each) for each in zip(edits, words, strict=True)]

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import host  # noqa: E402
+from bench.lab_editing import redraw  # noqa: E402
 from bench.lab_inversion_edit import case, flowedit, sdedit  # noqa: E402
 from bench.tables import arguments, make  # noqa: E402
 
@@ -40,13 +41,25 @@ SETTINGS = [  # name, start, (gamma, temperature, layers) or None
     ("gamma 0.75, " + OWN, OWN, (0.75, 1.5, "output")),
     ("gamma 0.75, layers auto", START, (0.75, 1.5, "auto")),
 ]
-BASELINES = [  # name, edit(a `Case` of the prompts, path, seed) -> latent
-    ("re-prompt, same noise", lambda lab, path, seed: again(lab, path)),
-    *((f"SDEdit by prompt, last {share:.0%}", lambda lab, path, seed, share=share: sdedit(
-        lab, len(path.sigmas) - 1, round(share * (len(path.sigmas) - 1)), seed)) for share in (0.4, 0.6, 0.8)),
-    *((f"FlowEdit by prompt, last {share:.0%}", lambda lab, path, seed, share=share: flowedit(
-        lab, len(path.sigmas) - 1, round(share * (len(path.sigmas) - 1)), seed)) for share in (0.6, 0.8)),
-]
+
+
+def baselines():
+    """[(name, edit(a `Case` of the prompts, path, steps, seed) -> latent)]"""
+    from bench.lab_editing_settings import last
+
+    def named(name, edit, share):
+        edit = last(share, edit)
+        return f"{name} by prompt, last {100 * share:.0f} %", lambda lab, path, steps, seed: edit(lab, steps, seed)
+
+    return [
+        ("re-prompt, same noise", lambda lab, path, steps, seed: redraw(lab, steps, lab.model, path=path)),
+        *(named("SDEdit", sdedit, share) for share in (0.4, 0.6, 0.8)),
+        *(named("FlowEdit", flowedit, share) for share in (0.6, 0.8)),
+    ]
+
+
+def neighbours(lab):
+    return [lab.sources[-1], *lab.sources[:-1]]
 
 
 def told(lab):
@@ -55,17 +68,10 @@ def told(lab):
     from steer.models.lab.evaluate import conditioning
     from steer.models.lab.load import load_clip
 
-    lab, pairs = copy.copy(lab), zip(lab.sources, [lab.sources[-1], *lab.sources], strict=False)
-    edits = [replace(p, **{name: getattr(neighbour, name) for name in COLOURS}) for p, neighbour in pairs]
+    lab, pairs = copy.copy(lab), zip(lab.sources, neighbours(lab), strict=True)
+    edits = [replace(p, **{name: getattr(other, name) for name in COLOURS}) for p, other in pairs]
     lab.after = conditioning(load_clip(lab.which), [caption(p) for p in edits])
     return lab
-
-
-def again(lab, path):
-    from steer.patches.inversion.invert import InvertedNoise
-
-    start = InvertedNoise(path, lab.model).generate_noise({"samples": lab.latent})
-    return lab.sample(lab.model, lab.after, "euler", path.sigmas, start=start)
 
 
 def palette(a, b):
@@ -123,7 +129,7 @@ def transfers(portraits, sets, steps):
 
     labs = [case("unet", portraits, 7000 + 1000 * n) for n in range(sets)]
     paths, prompted = [pictures(lab, steps) for lab in labs], [told(lab) for lab in labs]
-    ways = [(name, lambda n, edit=edit: labs[n].show(edit(prompted[n], paths[n][0], n))) for name, edit in BASELINES]
+    ways = [(name, lambda n, do=do: labs[n].show(do(prompted[n], paths[n][0], steps, n))) for name, do in baselines()]
     ways += [(name, lambda n, how=how: drawn(labs[n], *paths[n], *how)) for name, *how in SETTINGS]
     for name, way in ways:
         found = {column: [] for column in COLUMNS}
@@ -131,11 +137,11 @@ def transfers(portraits, sets, steps):
             with torch.inference_mode():
                 x = way(n)
                 read = lab.reader.read(x)
-            neighbours = [lab.sources[i - 1] for i in range(portraits)]
+            others = neighbours(lab)
             found["palette"] += palette(x, lab.source.roll(1, 0)).tolist()
             found["structure"] += structure(x, lab.source).tolist()
-            found["layout"] += shares(read, lab.sources, neighbours, LAYOUT)
-            found["colours"] += shares(read, neighbours, lab.sources, COLOURS)
+            found["layout"] += shares(read, lab.sources, others, LAYOUT)
+            found["colours"] += shares(read, others, lab.sources, COLOURS)
         yield name, {column: sum(values) / len(values) for column, values in found.items()}
 
 

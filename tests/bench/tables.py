@@ -34,8 +34,7 @@ def make(path, intro, tables, size, numbers=None, form=".3f"):
     bf16 = size.pop("bf16")
     settings = size.get("settings", ())
     sizes = " ".join(f"--{name} {value}" for name, value in size.items() if name != "settings") + " --bf16" * bf16
-    asked = "".join(f' "{name}"' for name in settings)
-    asked = f" --settings{asked}" if asked else ""
+    asked = " ".join([" --settings", *(f'"{name}"' for name in settings)]) if settings else ""
     for number, (title, columns, rows) in enumerate(tables, 1):
         if numbers and number not in numbers:
             continue
