@@ -26,7 +26,7 @@ asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False
 extras = time.process_time() - began
 began = time.process_time()
 assert asyncio.run(nodes.load_custom_node(sys.argv[2], module_parent="custom_nodes"))
-print((time.process_time() - began) / extras)
+print(time.process_time() - began, extras)
 """
 
 
@@ -59,7 +59,8 @@ def test_it_starts_in_three_fifths_of_the_time_of_the_hosts_own_extra_nodes(base
     command = [sys.executable, "-c", CLOCK, str(host.ROOT / "tests"), str(base / "custom_nodes" / "steer")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert float(done.stdout.split()[-1]) < 0.6
+    ours, extras = map(float, done.stdout.split()[-2:])
+    assert ours < 0.6 * extras
 
 
 def test_it_asks_for_no_package():
