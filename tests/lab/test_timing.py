@@ -14,17 +14,20 @@ def test_learns_resumes_and_exports(tmp_path, monkeypatch, work, which):
     (tmp_path / "edits.npy").symlink_to(work / "edits.npy")
     timing.train(tmp_path, 1, batch=64, which=which)
     first = timing.Timing(tmp_path, which)
-    timing.train(tmp_path, 4, batch=64, which=which)
+    noisy, level = first.noise.drawn(first.z.repeat(40, 1, 1, 1), seed=1)
+    for seconds in (4, 8, 16, 32):  # of processors, of which some do ten times the steps of others
+        timing.train(tmp_path, seconds, batch=64, which=which)
+        exported = timepredictor.load(tmp_path / load.TIMES[which])
+        told = exported(noisy)
+        if timing.gaps(told, level).mean() < 200:
+            break
     again = timing.Timing(tmp_path, which)
     assert again.step > first.step > 0
-    exported = timepredictor.load(tmp_path / load.TIMES[which])
     assert (exported.kind, exported.channels) == ({"unet": "eps", "dit": "flow"}[which], 4)
-    noisy, level = again.noise.drawn(again.z.repeat(40, 1, 1, 1), seed=1)
-    told = exported(noisy)
     again.model.load_state_dict(again.average.shadow)
     with torch.no_grad():
         assert torch.allclose(told, again.model(noisy).log_softmax(1), rtol=0.02, atol=0.1)  # fp16
-    assert timing.gaps(told, level).mean() < 250  # a guess without a look: 333
+    assert timing.gaps(told, level).mean() < 200  # a guess without a look: 333
 
 
 @pytest.mark.parametrize("which", ["unet", "dit"])
