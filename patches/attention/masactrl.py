@@ -10,6 +10,7 @@ from ..shared.conditioning import digest
 from ..shared.mask import fit, on_tokens
 from ..shared.source import covers, source_from
 from ..shared.steering import Source, Term, blame, number, steer
+from ..shared.textattention import answers, around
 
 DIT = dict.fromkeys((a.name for a in (flux, sd3, lumina, qwen, wan, hunyuan)), "50%-100%")  # the paper has none of them
 
@@ -73,10 +74,11 @@ class MasaCtrl(Term):
         with blame(self):
             m_s, m_t = (on_tokens(fit(mask, call.run.shape), target) for mask in self.masks)
         m_t = m_t[..., None].to(target.q.dtype)
-        image = slice(*target.image)
-        around = target.places < target.q.shape[1]
-        out = attend(mutual) if around else target.q.new_empty(target.q.shape)  # text goes on asking everything
-        foreground, background = (attend(only(mutual, m))[:, image] for m in (m_s > 0, m_s < 1))
+        image, others = slice(*target.image), around(target)
+        out = target.q.new_empty(target.q.shape)
+        if len(others):  # text goes on asking everything
+            out[:, others] = answers(attend, mutual, others)
+        foreground, background = (answers(attend, only(mutual, m), image) for m in (m_s > 0, m_s < 1))
         out[:, image] = foreground * m_t + background * (1 - m_t)
         return out
 

@@ -17,7 +17,7 @@ from ..shared.guider import Guider
 from ..shared.schedule import Schedule
 from ..shared.source import covers, source_from
 from ..shared.steering import RUN, Source, Term, blame, number, steer
-from ..shared.textattention import asking, attention_to, on_keys, span, to_text, valued
+from ..shared.textattention import around, asking, attention_to, on_keys, span, to_text, valued
 from ..shared.words import encode, listed
 from .wordmask import ALL, Maps
 
@@ -108,12 +108,10 @@ class CrossReplace(Edit):
         out = attend(replace(target, v=target.v * w_t[..., None]))
         if target.kind == "cross":
             return out + theirs
-        places = torch.arange(target.q.shape[1], device=out.device)
-        image = places[slice(*target.image)]
-        around = places[(places < image[0]) | (places > image[-1])]
+        image, others = slice(*target.image), around(target)
         mass = plain(valued(asking(target, image), mapped)).float()
         out[:, image] += (theirs * (mass / p.clamp(min=TINY))).to(out)
-        out[:, around] += plain(asking(replace(target, v=target.v * (1 - w_t)[..., None]), around))  # as it was
+        out[:, others] += plain(asking(replace(target, v=target.v * (1 - w_t)[..., None]), others))  # as it was
         return out
 
 

@@ -152,6 +152,10 @@ def chunked(plans):
         first = last
 
 
+class Host(partial):
+    """The attention that no edit follows, only other nodes and the host: it may be asked with some of the queries."""
+
+
 def attend(call, plans, attention):
     """Runs `call`, each chunk of the batch through its own edits.
 
@@ -162,7 +166,7 @@ def attend(call, plans, attention):
     size = call.q.shape[0] // len(plans)
     outputs = []
     for plan, chunks in chunked(plans):
-        run = partial(attention, chunks=chunks)
+        run = Host(attention, chunks=chunks)
         for edit in reversed(plan):
             run = partial(edit, attend=run)
         outputs.append(run(call.rows(chunks.start * size, chunks.stop * size)))

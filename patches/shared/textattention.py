@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from .attention import plain
+from .attention import Host, plain
 
 FILL = 32  # multiple to which some networks (Z-Image) fill a text up, at its end
 
@@ -50,6 +50,18 @@ def asking(call, queries):
     if mask is not None and mask.shape[-2] > 1:
         mask = mask[..., queries, :]
     return replace(call, q=call.q[:, queries], mask=mask)
+
+
+def answers(attend, call, queries):
+    """What `attend` makes of some queries; they are asked alone unless edits follow, which look at all of them."""
+    return attend(asking(call, queries)) if isinstance(attend, Host) else attend(call)[:, queries]
+
+
+def around(call):
+    """Numbers of the queries that are not the image's."""
+    places = torch.arange(call.q.shape[1], device=call.q.device)
+    image = places[slice(*call.image)]
+    return places[(places < image[0]) | (places > image[-1])]
 
 
 def valued(call, columns):

@@ -6,10 +6,11 @@ import torch
 import toy
 from attention.by_hand import attention, drawn, image_of, near, network, one_step, path, text
 from comfy.patcher_extension import WrappersMP
-from steer.patches.attention import masactrl
+from steer.patches.attention import masactrl, wordmask
 from steer.patches.guidance import apg, pag
 from steer.patches.shared.architectures import unet
 from steer.patches.shared.schedule import Schedule
+from steer.patches.shared.steering import steer
 from steer.patches.shared.trajectory import Trajectory
 
 ALWAYS = Schedule()
@@ -78,6 +79,26 @@ def test_foreground_asks_foreground_and_background_asks_background(name, soft):
     out = toy.sample(ours, **one_step(name, trajectory))
     assert near(out, drawn(name, model, trajectory, masked))
     assert not near(out, toy.sample(steered(model, trajectory, layers=ALL[name]), **one_step(name, trajectory)), 1e-3)
+
+
+def test_edits_that_follow_see_all_that_ask():
+    """Text is asked by itself only where no edit follows; that makes no difference but in cost."""
+    model = network("flux")
+    trajectory = path("flux", model)
+    masked = steered(model, trajectory, layers=ALL["flux"], source_mask=left(share=0.25), target_mask=left())
+    options, asked = one_step("flux", trajectory), []
+
+    def override(function, q, *args, **kwargs):
+        asked.append(q.shape[-2])
+        return function(q, *args, **kwargs)
+
+    masked.model_options["transformer_options"]["optimized_attention_override"] = override
+    alone = toy.sample(masked, **options)
+    assert len(set(asked)) == 3  # all tokens of the source, the text and the image of the target
+    asked.clear()
+    look = wordmask.Look(layers=ALL["flux"], columns=torch.ones(1, options["positive"][0][0].shape[1]))
+    followed = toy.sample(steer(masked, look), **options)
+    assert near(followed, alone)
 
 
 @pytest.mark.parametrize("masks", [(0, 0), (1, 1), (0, 0.5)], ids=str)
