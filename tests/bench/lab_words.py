@@ -45,8 +45,8 @@ class Words:
         from steer.patches.shared.trajectory import Trajectory, fingerprint
         from steer.patches.shared.words import read
 
-        self.model, self.clip, self.vae = cache(load_model)(which)
-        self.reader = cache(load_reader)()
+        self.model, self.clip, self.vae = load_model(which)
+        self.reader = load_reader()
         people, _ = data.held_out(portraits, 9000 + 100 * seed)
         if weighed:
             people = [replace(p, glasses="glasses") for p in people]
@@ -118,7 +118,7 @@ def prompttoprompt(lab, path, **options):
     from steer.patches.shared.alignment import align
     from steer.patches.shared.words import read
 
-    clip, columns = cache(load_clip)(lab.which), lab.before[0][0].shape[1]
+    clip, columns = load_clip(lab.which), lab.before[0][0].shape[1]
     prompts = ([read(clip, caption(p), columns) for p in group] for group in (lab.sources, lab.edits))
     pairs = [align(a, b, "refine") for a, b in zip(*prompts, strict=True)]
     return method.edit(lab.model, path, lab.before, lab.after, pairs, **options)
