@@ -8,15 +8,18 @@ from steer.models.lab import common, data, geometry
 def test_learns_resumes_and_is_found(tmp_path, monkeypatch, work):
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     first = geometry.Geometry(work)
-    geometry.train(work, 4, batch=10)
-    again = geometry.Geometry(work)
-    assert again.step > first.step > 0
     portraits = [p for n in range(5) for p in data.edit(n)[:2]]
-    faces = geometry.Faces(work, portraits, 0.5)
-    everyone, z = torch.ones(10, dtype=torch.bool), again.z * 0.5
-    right = faces.error(z, list(range(10)), everyone)
-    wrong = faces.error(z.roll(2, 0), list(range(10)), everyone)
-    assert right < 0.5 * wrong
+    everyone, z = torch.ones(10, dtype=torch.bool), first.z * 0.5
+    for seconds in (4, 8, 16, 32):  # of processors, of which some do ten times the steps of others
+        geometry.train(work, seconds, batch=10)
+        faces = geometry.Faces(work, portraits, 0.5)
+        right = faces.error(z, list(range(10)), everyone)
+        wrong = faces.error(z.roll(2, 0), list(range(10)), everyone)
+        if right < 0.4 * wrong:
+            break
+    again = geometry.Geometry(work)
+    assert again.step > first.step
+    assert right < 0.4 * wrong
     assert faces.error(z, list(range(10)), ~everyone) == 0
     with common.autocast():
         read = faces.judge(again.z)[1]  # halving and doubling are exact
