@@ -118,7 +118,8 @@ class Attention:
         target: the AttnCall of the rows of one cond, whose prediction is `role`.
         beside: the AttnCalls of the roles named below, as many rows each, before any edit.
         attend: AttnCall -> output: what the edits after this one, then other nodes, then the host make of a call. It
-            may be asked several times; `plain` serves for what is added to the picture's own attention.
+            may be asked several times, a `Host` for some of the queries too; `plain` serves for what is added to the
+            picture's own attention.
     kind: "self" or "cross"; where text and image share one attention, both mean that one.
     sets: what it replaces ("queries", "keys", "values", "map"): two nodes that replace the same, in one layer at one
         time, are refused.
