@@ -98,6 +98,7 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, 7 layers | Load Adapter |
 | controlnet.safetensors | ControlNet of the UNet: keypoints as its picture, the 4 tokens as its text | CONTROL_NET |
 | adapter_dit.safetensors | IP-Adapter, InstantX' layout, for the DiT: 16 tokens, 8 blocks | Load Adapter |
+| adapter_fastcomposer.safetensors | FastComposer's layout: image encoder, fuse, the UNet's transformers | Load Adapter |
 | adapter_pulid.safetensors | PuLID's layout, for the DiT: 8 tokens, 4 cross-attentions | Load Adapter |
 | time.safetensors | four convolutions: the UNet's noise level, in 128 classes | Load Time Predictor |
 | time_dit.safetensors | the same for the DiT's | Load Time Predictor |
@@ -129,7 +130,10 @@ face. Stage geometry: a judge that reads face geometry and factors off latents; 
 so that it finds the reference's face in their clean estimates (the shipped plus adapter is older). InstantID: as
 FaceID, its tokens and a ControlNet that begins as the UNet's encoder and adds nothing at first, together. For the DiT,
 which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID. All
-that have a judge were trained in fp32, from 4200 portraits in batches of 16.
+that have a judge were trained in fp32, from 4200 portraits in batches of 16. FastComposer: scenes of two of them side
+by side, in batches of 8, up to three factors said of each, the word of each fused with a picture of that person who
+looks otherwise in what is said; the fusing network and the UNet's transformers are trained, with the judge on each
+half, and so that each word is looked at from its own half.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents. Time
 predictors: noisy latents as the network sees them, times uniform, cross-entropy.
 

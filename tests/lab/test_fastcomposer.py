@@ -163,3 +163,13 @@ def test_what_the_bench_draws(exported):
     assert all(pictures.shape == (2, 3, 128, 256) for _, pictures in found)
     assert (found[0][1] - found[1][1]).abs().max() > 0.05
     assert found[0][0].keys() == persons.truth(reader, models[2], case).keys()
+
+
+def test_two_persons_keep_what_is_theirs():
+    """8 scenes of two unseen persons, one noise: a picture of each beside the words, from 30 % on."""
+    reader, models, case = load_reader(), load.load_model("unet"), persons.cases(8)
+    off, on = (persons.drawn(reader, models, case, steer, steps=10)[0]
+               for steer in (None, persons.by_words(models, 0.3)))
+    assert on["nearer"] >= 0.75 > off["nearer"] and on["identity"] > off["identity"] + 0.25
+    assert on["taken"] > off["taken"] + 0.3 and on["mixed"] < off["mixed"]
+    assert on["obeyed"] > off["obeyed"] - 0.1
