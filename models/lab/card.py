@@ -98,7 +98,7 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, 7 layers | Load Adapter |
 | controlnet.safetensors | ControlNet of the UNet: keypoints as its picture, the 4 tokens as its text | CONTROL_NET |
 | adapter_dit.safetensors | IP-Adapter, InstantX' layout, for the DiT: 16 tokens, 8 blocks | Load Adapter |
-| adapter_fastcomposer.safetensors | FastComposer's layout: image encoder, fuse, the UNet's transformers | Load Adapter |
+| adapter_fastcomposer.safetensors | FastComposer's layout: image encoder, fuse, UNet transformers | Load Adapter |
 | adapter_pulid.safetensors | PuLID's layout, for the DiT: 8 tokens, 4 cross-attentions | Load Adapter |
 | time.safetensors | four convolutions: the UNet's noise level, in 128 classes | Load Time Predictor |
 | time_dit.safetensors | the same for the DiT's | Load Time Predictor |
