@@ -1,7 +1,7 @@
 """Stages "adapter" and "faceid": IP-Adapters (Ye et al. 2023, 2308.06721) for the exported Lab-UNet, which is frozen.
 
     adapter.safetensors          layout of the public plus files; takes what the lab's image encoder sees
-    adapter_faceid.safetensors   layout of the public FaceID files; takes the reader's identity
+    adapter_faceid.safetensors   layout of the public FaceID files, with a LoRA; takes the reader's identity
 
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
 text encoder makes of its caption, which costs next to nothing; then both learn from the eps error and from what a judge
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from comfy.ops import disable_weight_init
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
 
 from ...patches.shared.reference import in_file_order
 from ..identity import projectors
@@ -29,12 +30,14 @@ from .unet import Balance, plain_attention, swapped
 
 TOKENS, DEPTH, WIDTH = 16, 3, 128  # of the resampler
 FACE_TOKENS, FACE_INNER = 4, 256
+RANK = 8  # of the LoRA
 SAY = 0.15  # share of the training of "adapter" that is spent on captions
 CAPTIONS = 3000  # portraits whose captions it learns to say
 PHRASE = (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 7)  # of the caption that names each factor
 SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two for the end; the others are free
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 850  # time after which the clean estimate shows no face to judge
+FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
 
 
 def resampler_shapes():
@@ -61,6 +64,33 @@ def initialise(projector):
 def cross(unet):
     """[(block, its cross-attention)] in the order of the files."""
     return [(tuple(layer), attention) for layer, _, attention in in_file_order(unet)]
+
+
+class Low(torch.nn.ModuleDict):
+    """W + up down for a weight W; begins as W."""
+
+    def __init__(self, weight):
+        out, given = weight.shape
+        sizes = {"down": (given, RANK), "up": (RANK, out)}
+        super().__init__({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        torch.nn.init.zeros_(self["up"].weight)
+
+    def forward(self, weight):
+        return weight + self["up"].weight @ self["down"].weight
+
+
+def lora(unet):
+    """Gives every attention of a UNet a LoRA -> {number in the files: {its name there: Low}}."""
+    made, names = {}, {module: name for name, module in unet.named_modules()}
+    for n, (_, attention) in enumerate(cross(unet)):
+        of_itself = unet.get_submodule(names[attention].removesuffix("attn2") + "attn1")
+        for i, each in enumerate((of_itself, attention)):
+            layers = {"to_q": each.to_q, "to_k": each.to_k, "to_v": each.to_v, "to_out": each.to_out[0]}
+            low = {f"{name}_lora": Low(linear.weight).to(linear.weight.device) for name, linear in layers.items()}
+            for linear, change in zip(layers.values(), low.values(), strict=True):
+                parametrize.register_parametrization(linear, "weight", change)
+            made[str(2 * n + i)] = torch.nn.ModuleDict(low)
+    return torch.nn.ModuleDict(made)
 
 
 def examples(stage, size):
@@ -150,17 +180,17 @@ class Trainer(Stage):
             eps = self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
         error = (eps - noise).square().mean((1, 2, 3))
         face = self.faces.error(z + sigma * (noise - eps), at, given & (t < LATEST))
-        return self.balance(error, t) + face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
+        return self.balance(error, t) + FACE * face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
 
     def export(self, out):
         """fp16, in the layout of the public files."""
         weights = {}
         for key, value in self.average.shadow.items():
             part, n, *name = key.split(".")
-            if part not in ("image_proj", "layers"):
+            if part not in ("image_proj", "layers", "lora"):
                 continue
-            if part == "layers":
-                key = f"ip_adapter.{2 * int(n) + 1}.{'.'.join(name)}"
+            if part != "image_proj":
+                key = f"ip_adapter.{n if part == 'lora' else 2 * int(n) + 1}.{'.'.join(name)}"
             weights[key] = value.half().contiguous().cpu()
         save_file(weights, out / f"{self.path.stem}.safetensors")
 
@@ -251,6 +281,9 @@ class Face(Trainer):
         width = load.TEXT["hidden_size"]
         shapes = {"proj.0.weight": (FACE_INNER, 512), "proj.2.weight": (FACE_TOKENS * width, FACE_INNER)}
         return projectors.FaceMLP(shapes | {"norm.weight": (width,)}, disable_weight_init)
+
+    def parts(self):
+        return {"lora": lora(self.base.diffusion_model)}
 
     @torch.no_grad()
     def reference(self, portraits, given):

@@ -10,6 +10,7 @@ from steer.models.lab.captions import parse
 from steer.models.lab.portrait import FACTORS, Portrait
 from steer.nodes.adapters import found, path_of
 from steer.nodes.identity.ipadapter import LoadAdapter
+from steer.patches.identity import faceid
 
 FILE = "adapter.safetensors"
 
@@ -47,7 +48,7 @@ def test_the_reference_comes_over_and_the_prompt_is_obeyed(models, reader):
 def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
     """16 unseen faces, one noise, one adapter told the identity of a picture that shares nothing else."""
     adapter = files.load(str(load.WEIGHTS / "adapter_faceid.safetensors"))
-    assert (adapter.variant, adapter.tokens, adapter.face) == ("portrait", 4, 512)
+    assert (adapter.variant, adapter.tokens, adapter.face, len(adapter.lora)) == ("faceid", 4, 512, 14)
     case, options = likeness.faces(16, 60_000), dict(named=tuple(FACTORS), steps=10)
     off, on = (likeness.drawn(reader, models, likeness.by_face(s), case, **options) for s in (0.0, 1.0))
     assert on["identity"] > off["identity"] + 0.3 and on["identity"] > on["strangers"] + 0.3
@@ -58,7 +59,7 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
     """Both kinds train every part, resume and export a file that the loader reads."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     monkeypatch.setattr(adapters, "CAPTIONS", 100)
-    for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "portrait")):
+    for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "faceid")):
         begun = {k: v.clone() for k, v in which(work).model.state_dict().items()}
         adapters.train(work, 3, which, batch=4)
         first = torch.load(work / f"{name}.ckpt", weights_only=True)
@@ -71,6 +72,22 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         assert adapter.variant == variant
         weights = load_file(tmp_path / f"{name}.safetensors")
         assert torch.equal(weights["ip_adapter.1.to_k_ip.weight"], again["average"]["layers.0.to_k_ip.weight"].half())
+
+
+def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):
+    stage = adapters.Face(work)
+    with torch.no_grad():
+        for p in stage.model.lora.parameters():
+            p.normal_(std=0.05)
+    stage.average = common.Average(stage.model)
+    stage.export(tmp_path)
+    given, at = faceid.lora_of(models[0], files.load(str(tmp_path / "adapter_faceid.safetensors")))
+    assert len(at) == 4 * 2 * 7
+    for name in at:
+        linear = stage.base.diffusion_model.get_submodule(name)
+        change = given[f"{name}.lora_up.weight"].float() @ given[f"{name}.lora_down.weight"].float()
+        assert change.abs().max() > 0.01
+        torch.testing.assert_close(linear.weight - linear.parametrizations.weight.original, change, rtol=0, atol=1e-4)
 
 
 def test_the_words_it_learns_to_say():
