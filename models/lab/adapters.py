@@ -182,17 +182,29 @@ class Trainer(Stage):
         face = self.faces.error(z + sigma * (noise - eps), at, given & (t < LATEST))
         return self.balance(error, t) + FACE * face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
 
+    def files(self):
+        """{file: {key in it: the model's}}, in the layout of the public files."""
+        found = {}
+        for name in self.model.state_dict():
+            part, n, *rest = name.split(".")
+            if part == "image_proj":
+                found[name] = name
+            elif part in ("layers", "lora"):
+                found[f"ip_adapter.{n if part == 'lora' else 2 * int(n) + 1}.{'.'.join(rest)}"] = name
+        return {f"{self.path.stem}.safetensors": found}
+
     def export(self, out):
-        """fp16, in the layout of the public files."""
-        weights = {}
-        for key, value in self.average.shadow.items():
-            part, n, *name = key.split(".")
-            if part not in ("image_proj", "layers", "lora"):
-                continue
-            if part != "image_proj":
-                key = f"ip_adapter.{n if part == 'lora' else 2 * int(n) + 1}.{'.'.join(name)}"
-            weights[key] = value.half().contiguous().cpu()
-        save_file(weights, out / f"{self.path.stem}.safetensors")
+        for file, names in self.files().items():
+            shadow = self.average.shadow
+            save_file({key: shadow[name].half().contiguous().cpu() for key, name in names.items()}, out / file)
+
+    def load(self, out):
+        """Go on from what was exported, where there is no checkpoint."""
+        if self.step == 0:
+            given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
+                     for key, name in names.items()}
+            self.model.load_state_dict(given)
+            self.average = common.Average(self.model, self.average.decay)
 
 
 class Plus(Trainer):
@@ -299,10 +311,12 @@ class Face(Trainer):
         return parts, replace(portrait, **{name: getattr(other, name) for name in FACTORS})
 
 
-def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0):
+def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0, shipped=False):
     import comfy.ldm.modules.attention as host
 
     with swapped(host):
         stage = which(work, seed=seed, lr=lr)
+        if shipped:
+            stage.load(common.WEIGHTS)
         stage.run(budget, batch)
         stage.export(common.WEIGHTS)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import comfy.ldm.modules.diffusionmodules.openaimodel as host
 import torch
 from comfy.ops import disable_weight_init
-from safetensors.torch import save_file
 
 from ...patches.identity.face import draw
 from ..identity import projectors
@@ -65,10 +64,9 @@ class InstantID(adapters.Face):
         hints = torch.cat([draw(keypoints(p)[None], (SIZE, SIZE)) for p in portraits]).movedim(-1, 1)
         return self.model.control(x, hints.to(x), t.float(), tokens)
 
-    def export(self, out):
-        super().export(out)
-        own = {k.removeprefix("control."): v for k, v in self.average.shadow.items() if k.startswith("control.")}
-        save_file({k: v.half().contiguous().cpu() for k, v in own.items()}, out / "controlnet.safetensors")
+    def files(self):
+        own = [name for name in self.model.state_dict() if name.startswith("control.")]
+        return super().files() | {"controlnet.safetensors": {name.removeprefix("control."): name for name in own}}
 
 
 @contextmanager
@@ -82,6 +80,6 @@ def added():
         host.apply_control = usual
 
 
-def train(work, budget, batch=32, lr=2e-3, seed=0):
+def train(work, budget, batch=32, lr=2e-3, seed=0, shipped=False):
     with added():
-        adapters.train(work, budget, InstantID, batch, lr, seed)
+        adapters.train(work, budget, InstantID, batch, lr, seed, shipped)

@@ -59,6 +59,8 @@ def arguments():
     parser.add_argument("--batch", type=int, help="batch of vae (16), unet, dit (48), edit, an adapter (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
+    shipped = "adapter, faceid, instantid: without a checkpoint, go on from the shipped weights"
+    parser.add_argument("--shipped", action="store_true", help=shipped)
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
     parser.add_argument("--only", nargs="+", default=(), choices=PARTS, help="eval: measure these parts anew")
@@ -99,10 +101,12 @@ def run(stage, o):
     elif stage in ("adapter", "faceid"):
         module("edit").build(o.work)
         which = getattr(module("adapters"), {"adapter": "Plus", "faceid": "Face"}[stage])
-        module("adapters").train(o.work, 60 * (o.minutes or MINUTES[stage]), which, o.batch or 32, seed=o.seed)
+        budget = 60 * (o.minutes or MINUTES[stage])
+        module("adapters").train(o.work, budget, which, o.batch or 32, seed=o.seed, shipped=o.shipped)
     elif stage in OWN:
         module("edit").build(o.work)
-        module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed)
+        more = {"shipped": o.shipped} if stage == "instantid" else {}
+        module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed, **more)
     elif stage in ("time", "time-dit"):
         module("edit").build(o.work)
         which = "dit" if stage == "time-dit" else "unet"

@@ -56,7 +56,7 @@ def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
 
 
 def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
-    """Both kinds train every part, resume and export a file that the loader reads."""
+    """Both kinds train every part, resume and export a file that the loader reads, and that they go on from."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     monkeypatch.setattr(adapters, "CAPTIONS", 100)
     for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "faceid")):
@@ -72,6 +72,11 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         assert adapter.variant == variant
         weights = load_file(tmp_path / f"{name}.safetensors")
         assert torch.equal(weights["ip_adapter.1.to_k_ip.weight"], again["average"]["layers.0.to_k_ip.weight"].half())
+        (work / f"{name}.ckpt").unlink()
+        anew = which(work)
+        anew.load(tmp_path)
+        shipped = {k: v.half() for k, v in again["average"].items()}
+        assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
 
 
 def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):

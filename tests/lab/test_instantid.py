@@ -115,7 +115,7 @@ def test_its_keys_are_those_of_the_public_file(trainer, tmp_path):
 
 
 def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
-    """Every part is trained, the training goes on where it stopped, and exports both files."""
+    """Every part is trained, the training goes on where it stopped, and exports both files, to go on from."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     begun = {k: v.clone() for k, v in instantid.InstantID(work).model.state_dict().items()}
     instantid.train(work, 4, batch=4)
@@ -128,6 +128,11 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     weights = load_file(tmp_path / "controlnet.safetensors")
     assert torch.equal(weights["zero_convs.3.0.weight"], again["average"]["control.zero_convs.3.0.weight"].half())
     assert isinstance(load.load_control(tmp_path / "controlnet.safetensors"), comfy.controlnet.ControlNet)
+    (work / "adapter_instantid.ckpt").unlink()
+    anew = instantid.InstantID(work)
+    anew.load(tmp_path)
+    shipped = {k: v.half() for k, v in again["average"].items()}
+    assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
 
 
 def test_what_the_bench_draws(trainer, tmp_path):
