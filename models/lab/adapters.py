@@ -38,6 +38,7 @@ SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two f
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 850  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
+CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
 
 
 def resampler_shapes():
@@ -173,14 +174,25 @@ class Trainer(Stage):
         t = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999).to(z.device)
         sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)
         x = sampling.calculate_input(sigma, z + sigma * noise)
+        portraits = [self.portraits[i] for i in at]
         with common.autocast():
             tokens = self.model.image_proj(self.reference(looked, given))
-            control = self.control(x, t, tokens, [self.portraits[i] for i in at])
-            options = self.add(tokens)
-            eps = self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
+            eps = self.eps(x, t, rows, tokens, portraits)
+            with torch.no_grad():
+                empty = torch.tensor(self.vocabulary.encode([]), device=rows.device).expand_as(rows)
+                nobody = self.model.image_proj(self.reference(looked[:1], torch.zeros_like(given[:1])))
+                blank = self.eps(x, t, empty, nobody.expand_as(tokens), portraits)
         error = (eps - noise).square().mean((1, 2, 3))
-        face = self.faces.error(z + sigma * (noise - eps), at, given & (t < LATEST))
-        return self.balance(error, t) + FACE * face, {"eps_error": error.detach().mean(), "face_error": face.detach()}
+        cfg = 1 + (CFG - 1) * torch.rand(size, 1, 1, 1, device=z.device)
+        guided = blank + cfg * (eps - blank)
+        face = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
+        said = {"eps_error": error.detach().mean(), "face_error": face.detach()}
+        return self.balance(error, t) + FACE * face, said
+
+    def eps(self, x, t, rows, tokens, portraits):
+        """The noise that the UNet sees in x, which shows `portraits`, by rows of texts and by the tokens beside them."""
+        control, options = self.control(x, t, tokens, portraits), self.add(tokens)
+        return self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
 
     def files(self):
         """{file: {key in it: the model's}}, in the layout of the public files."""

@@ -94,7 +94,7 @@ UNet for edits, sources above, below what it makes of them when told one factor:
 | vision.safetensors | CLIP vision transformer, 4 layers, 192 wide, 16 patches, embedding 128 wide | CLIP_VISION |
 | clip.safetensors | projection of the pooled text into the space of what the vision transformer sees | CLIP |
 | adapter.safetensors | IP-Adapter, plus layout: 16 tokens, keys and values of 7 cross-attentions | Load Adapter |
-| adapter_faceid.safetensors | IP-Adapter, FaceID layout without LoRA: 4 tokens from 512-d identity | Load Adapter |
+| adapter_faceid.safetensors | IP-Adapter, FaceID layout with LoRA: 4 tokens from 512-d identity | Load Adapter |
 | adapter_instantid.safetensors | InstantID's layout: 4 tokens from 512-d identity, 7 layers | Load Adapter |
 | controlnet.safetensors | ControlNet of the UNet: keypoints as its picture, the 4 tokens as its text | CONTROL_NET |
 | adapter_dit.safetensors | IP-Adapter, InstantX' layout, for the DiT: 16 tokens, 8 blocks | Load Adapter |
@@ -126,14 +126,16 @@ begin as its own for the text, the eps error as of the UNet. The plus adapter is
 a portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
 (50 %) or a caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID
 adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without
-face. Stage geometry: a judge that reads face geometry and factors off latents; from then on adapters are also trained
-so that it finds the reference's face in their clean estimates (the shipped plus adapter is older). InstantID: as
-FaceID, its tokens and a ControlNet that begins as the UNet's encoder and adds nothing at first, together. For the DiT,
-which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID. All
-that have a judge were trained in fp32, from 4200 portraits in batches of 16. FastComposer: scenes of two of them side
-by side, in batches of 8, up to three factors said of each, the word of each fused with a picture of that person who
-looks otherwise in what is said; the fusing network and the UNet's transformers are trained, with the judge on each
-half, and so that each word is looked at from its own half.
+face; it has a LoRA of rank 8 for every attention. Stage geometry: a judge that reads face geometry and factors off
+latents; from then on adapters are also trained so that it finds the reference's face in their clean estimates (the
+shipped plus adapter is older). InstantID: as FaceID, its tokens and a ControlNet that begins as the UNet's encoder and
+adds nothing at first, together. For these two the judge counts four times, and looks at estimates under a cfg from 1
+to 5, which exaggerates faces (FaceID: after the first 41 minutes; InstantID: after the first 31, from what these had
+shipped). For the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of
+PuLID's, as FaceID. All that have a judge were trained in fp32, from 4200 portraits in batches of 16. FastComposer:
+scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each fused with a
+picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers are trained,
+with the judge on each half, and so that each word is looked at from its own half.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents. Time
 predictors: noisy latents as the network sees them, times uniform, cross-entropy.
 
