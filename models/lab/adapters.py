@@ -5,8 +5,8 @@
 
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
 text encoder makes of its caption, which costs next to nothing; then both learn from the eps error and from what a judge
-of faces says of their clean estimates (geometry.py). What the text names may differ from the reference: there the text
-is right.
+of faces says of their clean estimates under guidance (geometry.py). What the text names may differ from the reference:
+there the text is right.
 """
 
 from dataclasses import replace
@@ -190,7 +190,7 @@ class Trainer(Stage):
         return self.balance(error, t) + FACE * face, said
 
     def eps(self, x, t, rows, tokens, portraits):
-        """The noise that the UNet sees in x, which shows `portraits`, by rows of texts and by the tokens beside them."""
+        """The noise that the UNet sees in x, which shows `portraits`, by rows of texts and the tokens beside them."""
         control, options = self.control(x, t, tokens, portraits), self.add(tokens)
         return self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
 
