@@ -1,10 +1,10 @@
-"""Stages "adapter" and "faceid": IP-Adapters (Ye et al. 2023, 2308.06721) for the exported Lab-UNet, which is frozen.
+"""Stage "adapter": an IP-Adapter (Ye et al. 2023, 2308.06721) for the exported Lab-UNet, which is frozen; and what the
+stages "faceid" and "instantid" have in common with it.
 
-    adapter.safetensors          layout of the public plus files; takes what the lab's image encoder sees
-    adapter_faceid.safetensors   layout of the public FaceID files, with a LoRA; takes the reader's identity
+    adapter.safetensors   layout of the public plus files; takes what the lab's image encoder sees
 
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
-text encoder makes of its caption, which costs next to nothing; then both learn from the eps error and from what a judge
+text encoder makes of its caption, which costs next to nothing; then all learn from the eps error and from what a judge
 of faces says of their clean estimates under guidance (geometry.py). What the text names may differ from the reference:
 there the text is right.
 """
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from comfy.ops import disable_weight_init
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import parametrize
 
 from ...patches.shared.reference import in_file_order
 from ..identity import projectors
@@ -23,14 +22,11 @@ from ..identity.adapter import Network
 from . import common, data, edit, geometry, load, vision
 from .captions import phrases, random_phrases
 from .portrait import FACTORS, Portrait, draw
-from .reader import load_reader
 from .stage import Stage
 from .text import Vocabulary
 from .unet import Balance, plain_attention, swapped
 
 TOKENS, DEPTH, WIDTH = 16, 3, 128  # of the resampler
-FACE_TOKENS, FACE_INNER = 4, 256
-RANK = 8  # of the LoRA
 SAY = 0.15  # share of the training of "adapter" that is spent on captions
 CAPTIONS = 3000  # portraits whose captions it learns to say
 PHRASE = (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 7)  # of the caption that names each factor
@@ -65,33 +61,6 @@ def initialise(projector):
 def cross(unet):
     """[(block, its cross-attention)] in the order of the files."""
     return [(tuple(layer), attention) for layer, _, attention in in_file_order(unet)]
-
-
-class Low(torch.nn.ModuleDict):
-    """W + up down for a weight W; begins as W."""
-
-    def __init__(self, weight):
-        out, given = weight.shape
-        sizes = {"down": (given, RANK), "up": (RANK, out)}
-        super().__init__({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        torch.nn.init.zeros_(self["up"].weight)
-
-    def forward(self, weight):
-        return weight + self["up"].weight @ self["down"].weight
-
-
-def lora(unet):
-    """Gives every attention of a UNet a LoRA -> {number in the files: {its name there: Low}}."""
-    made, names = {}, {module: name for name, module in unet.named_modules()}
-    for n, (_, attention) in enumerate(cross(unet)):
-        of_itself = unet.get_submodule(names[attention].removesuffix("attn2") + "attn1")
-        for i, each in enumerate((of_itself, attention)):
-            layers = {"to_q": each.to_q, "to_k": each.to_k, "to_v": each.to_v, "to_out": each.to_out[0]}
-            low = {f"{name}_lora": Low(linear.weight).to(linear.weight.device) for name, linear in layers.items()}
-            for linear, change in zip(layers.values(), low.values(), strict=True):
-                parametrize.register_parametrization(linear, "weight", change)
-            made[str(2 * n + i)] = torch.nn.ModuleDict(low)
-    return torch.nn.ModuleDict(made)
 
 
 def examples(stage, size):
@@ -291,36 +260,6 @@ class Plus(Trainer):
             value = getattr(portrait, name)
             ends.append(length(*parts[:n], parts[n][: parts[n].index(value) + len(value)]) - 1)
         return [*ends, length(*parts), min(length(*parts) + 8, 76)]
-
-
-class Face(Trainer):
-    """The reference is another picture of the person, who looks otherwise there; the text tells all but the face."""
-
-    def __init__(self, work, name="adapter_faceid", seed=0, lr=2e-3):
-        torch.manual_seed(seed)
-        self.reader = load_reader().to(common.device())
-        super().__init__(work, name, self.projector(), seed, lr)
-
-    def projector(self):
-        width = load.TEXT["hidden_size"]
-        shapes = {"proj.0.weight": (FACE_INNER, 512), "proj.2.weight": (FACE_TOKENS * width, FACE_INNER)}
-        return projectors.FaceMLP(shapes | {"norm.weight": (width,)}, disable_weight_init)
-
-    def parts(self):
-        return {"lora": lora(self.base.diffusion_model)}
-
-    @torch.no_grad()
-    def reference(self, portraits, given):
-        images = torch.from_numpy(np.stack([draw(p) for p in portraits])).to(given.device).movedim(-1, 1).float() / 255
-        return self.reader(images)[2] * given[:, None]
-
-    def choose(self, portrait):
-        parts = phrases(portrait) if self.rng.random() < 0.7 else random_phrases(portrait, self.rng)
-        parts = [] if self.rng.random() < 0.1 else parts
-        if self.rng.random() < 0.1:
-            return parts, None
-        other = Portrait.from_seed(self.rng.randrange(data.HELD_OUT))
-        return parts, replace(portrait, **{name: getattr(other, name) for name in FACTORS})
 
 
 def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0, shipped=False):

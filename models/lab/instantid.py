@@ -14,7 +14,7 @@ from comfy.ops import disable_weight_init
 
 from ...patches.identity.face import draw
 from ..identity import projectors
-from . import adapters, common, load
+from . import adapters, common, faceid, load
 from .face import keypoints
 from .portrait import SIZE
 
@@ -46,7 +46,7 @@ def control_network(unet):
     return model
 
 
-class InstantID(adapters.Face):
+class InstantID(faceid.Face):
     """The keypoints are the picture's own, the face is that of another picture of the person."""
 
     adam = ("latents", *ZERO, "input_hint_block.0.")

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ...patches.identity.pulid import DOUBLE, SINGLE, shown
 from ...patches.shared.face import Face
 from ..identity.pulid import DEPTHS, FLUX, Network
-from . import adapters, common, flow, load, vision
+from . import common, faceid, flow, load, vision
 from .dit import trainable
 from .face import keypoints
 from .portrait import draw
@@ -53,7 +53,7 @@ class Eyes:
 
 
 class Trainer(flow.Trainer):
-    choose = adapters.Face.choose
+    choose = faceid.Face.choose
 
     def __init__(self, work, name="adapter_pulid", seed=0, lr=2e-3):
         super().__init__(work, name, seed, lr)

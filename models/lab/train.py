@@ -100,7 +100,7 @@ def run(stage, o):
         module("clip").train(module("common").WEIGHTS, o.seed)
     elif stage in ("adapter", "faceid"):
         module("edit").build(o.work)
-        which = getattr(module("adapters"), {"adapter": "Plus", "faceid": "Face"}[stage])
+        which = module("adapters").Plus if stage == "adapter" else module("faceid").Face
         budget = 60 * (o.minutes or MINUTES[stage])
         module("adapters").train(o.work, budget, which, o.batch or 32, seed=o.seed, shipped=o.shipped)
     elif stage in OWN:

@@ -5,12 +5,12 @@ import random
 import torch
 from safetensors.torch import load_file
 from steer.models.identity import adapter as files
-from steer.models.lab import adapters, common, data, likeness, load
+from steer.models.lab import adapters, common, data, faceid, likeness, load
 from steer.models.lab.captions import parse
 from steer.models.lab.portrait import FACTORS, Portrait
 from steer.nodes.adapters import found, path_of
 from steer.nodes.identity.ipadapter import LoadAdapter
-from steer.patches.identity import faceid
+from steer.patches.identity.faceid import lora_of
 
 FILE = "adapter.safetensors"
 
@@ -59,7 +59,7 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
     """Both kinds train every part, resume and export a file that the loader reads, and that they go on from."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     monkeypatch.setattr(adapters, "CAPTIONS", 100)
-    for which, name, variant in ((adapters.Plus, "adapter", "plus"), (adapters.Face, "adapter_faceid", "faceid")):
+    for which, name, variant in ((adapters.Plus, "adapter", "plus"), (faceid.Face, "adapter_faceid", "faceid")):
         begun = {k: v.clone() for k, v in which(work).model.state_dict().items()}
         adapters.train(work, 3, which, batch=4)
         first = torch.load(work / f"{name}.ckpt", weights_only=True)
@@ -80,13 +80,13 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
 
 
 def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):
-    stage = adapters.Face(work)
+    stage = faceid.Face(work)
     with torch.no_grad():
         for p in stage.model.lora.parameters():
             p.normal_(std=0.05)
     stage.average = common.Average(stage.model)
     stage.export(tmp_path)
-    given, at = faceid.lora_of(models[0], files.load(str(tmp_path / "adapter_faceid.safetensors")))
+    given, at = lora_of(models[0], files.load(str(tmp_path / "adapter_faceid.safetensors")))
     assert len(at) == 4 * 2 * 7
     for name in at:
         linear = stage.base.diffusion_model.get_submodule(name)
