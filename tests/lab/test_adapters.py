@@ -95,6 +95,30 @@ def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, mo
         torch.testing.assert_close(linear.weight - linear.parametrizations.weight.original, change, rtol=0, atol=1e-4)
 
 
+def test_the_judge_looks_at_guided_estimates(work, monkeypatch):
+    """Under 1 + r (CFG - 1), r the same: as far again from 1 to 5 as from 1 to 3; nowhere from what has no condition."""
+    stage = faceid.Face(work)
+    judge, looked = stage.faces.error, []
+
+    def error(clean, *rest):
+        looked.append(clean.detach())
+        return judge(clean, *rest)
+
+    def clean(cfg):
+        monkeypatch.setattr(adapters, "CFG", cfg)
+        stage.rng.seed(0)
+        torch.manual_seed(0)
+        stage.loss(8)
+        return looked.pop()
+
+    monkeypatch.setattr(stage.faces, "error", error)
+    one, three, five = (clean(cfg) for cfg in (1.0, 3.0, 5.0))
+    assert (three - one).std() > 0.1 * one.std()
+    torch.testing.assert_close(five - one, 2 * (three - one), rtol=1e-3, atol=1e-3 * float(one.std()))
+    monkeypatch.setattr(stage, "choose", lambda portrait: ([], None))
+    torch.testing.assert_close(clean(5.0), clean(1.0), rtol=1e-3, atol=1e-3 * float(one.std()))
+
+
 def test_the_words_it_learns_to_say():
     """At each place stands the last token of the factor's value, then twice the end."""
     trainer = adapters.Plus.__new__(adapters.Plus)
