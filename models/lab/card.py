@@ -132,11 +132,12 @@ shipped plus adapter is older). InstantID: as FaceID, its tokens and a ControlNe
 adds nothing at first, together. For these two the judge counts four times, and looks at estimates under a cfg from 1
 to 5, which exaggerates faces (FaceID: after the first 41 minutes; InstantID: in the 43 minutes that the table tells,
 which began from what 31 before them had shipped). For the DiT, which stays frozen too: an adapter of InstantX' layout,
-taught as the plus adapter, and one of PuLID's, as FaceID. All that have a judge were trained in fp32, from 4200
-portraits in batches of 16. FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said
-of each, the word of each fused with a picture of that person who looks otherwise in what is said; the fusing network
-and the UNet's transformers are trained, with the judge on each half, and so that each word is looked at from its own
-half.
+taught as the plus adapter, and one of PuLID's, as FaceID; for these the judge counts once, and sees no guidance. All
+that have a judge were trained in fp32, from 4200 portraits in batches of 16; the table has the judge of FaceID and of
+InstantID's 43 minutes, the others had one like it. FastComposer: scenes of two of them side by side, in batches of 8,
+up to three factors said of each, the word of each fused with a picture of that person who looks otherwise in what is
+said; the fusing network and the UNet's transformers are trained, with the judge on each half, and so that each word is
+looked at from its own half.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents. Time
 predictors: noisy latents as the network sees them, times uniform, cross-entropy.
 

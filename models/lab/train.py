@@ -42,6 +42,7 @@ STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak",
           "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "geometry": 4, "adapter": 7,
            "faceid": 20, "instantid": 22, "adapter-dit": 15, "fastcomposer": 35, "pulid": 15, "time": 2, "time-dit": 2}
+SHIPPED = "adapter", "faceid", "instantid"  # stages that can go on from what they exported
 OWN = {"geometry": "geometry", "instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer",
        "pulid": "pulid"}  # modules  # fmt: skip
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "clip", "adapter", "faceid", "instantid",
@@ -59,12 +60,15 @@ def arguments():
     parser.add_argument("--batch", type=int, help="batch of vae (16), unet, dit (48), edit, an adapter (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
-    shipped = "adapter, faceid, instantid: without a checkpoint, go on from the shipped weights"
+    shipped = f"{', '.join(SHIPPED)}: without a checkpoint, go on from the shipped weights"
     parser.add_argument("--shipped", action="store_true", help=shipped)
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
     parser.add_argument("--only", nargs="+", default=(), choices=PARTS, help="eval: measure these parts anew")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.shipped and chosen.stage not in SHIPPED:
+        parser.error(f"--shipped is for {', '.join(SHIPPED)}; the stage {chosen.stage} begins anew without a checkpoint.")
+    return chosen
 
 
 def module(name):
@@ -105,7 +109,7 @@ def run(stage, o):
         module("adapters").train(o.work, budget, which, o.batch or 32, seed=o.seed, shipped=o.shipped)
     elif stage in OWN:
         module("edit").build(o.work)
-        more = {"shipped": o.shipped} if stage == "instantid" else {}
+        more = {"shipped": o.shipped} if stage in SHIPPED else {}
         module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed, **more)
     elif stage in ("time", "time-dit"):
         module("edit").build(o.work)
