@@ -67,7 +67,7 @@ def arguments():
     parser.add_argument("--only", nargs="+", default=(), choices=PARTS, help="eval: measure these parts anew")
     chosen = parser.parse_args()
     if chosen.shipped and chosen.stage not in SHIPPED:
-        parser.error(f"--shipped is for {', '.join(SHIPPED)}; the stage {chosen.stage} begins anew without a checkpoint.")
+        parser.error(f"--shipped is for {', '.join(SHIPPED)}; without a checkpoint {chosen.stage} begins anew.")
     return chosen
 
 

@@ -96,7 +96,7 @@ def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, mo
 
 
 def test_the_judge_looks_at_guided_estimates(work, monkeypatch):
-    """Under 1 + r (CFG - 1), r the same: as far again from 1 to 5 as from 1 to 3; nowhere from what has no condition."""
+    """Under 1 + r (CFG - 1), r the same: from 1 to 5 twice as far as to 3, and nowhere without a condition."""
     stage = faceid.Face(work)
     judge, looked = stage.faces.error, []
 
