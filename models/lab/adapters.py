@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from comfy.ops import disable_weight_init
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...patches.shared.reference import in_file_order
 from ..identity import projectors
@@ -32,7 +32,7 @@ CAPTIONS = 3000  # portraits whose captions it learns to say
 PHRASE = (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 7)  # of the caption that names each factor
 SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two for the end; the others are free
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
-LATEST = 850  # time after which the clean estimate shows no face to judge
+LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
 
@@ -70,6 +70,12 @@ def examples(stage, size):
     rows = torch.tensor([stage.vocabulary.encode(parts) for parts, _ in chosen], device=stage.z.device)
     given = torch.tensor([p is not None for _, p in chosen], device=stage.z.device)
     return at, stage.z[at], rows, [p or stage.portraits[0] for _, p in chosen], given
+
+
+def under_guidance(full, blank):
+    """What the host makes of what the model says with and without a condition, of each item by a cfg of its own."""
+    cfg = 1 + (CFG - 1) * torch.rand(len(full), 1, 1, 1, device=full.device)
+    return blank + cfg * (full - blank)
 
 
 class Trainer(Stage):
@@ -152,8 +158,7 @@ class Trainer(Stage):
                 nobody = self.model.image_proj(self.reference(looked[:1], torch.zeros_like(given[:1])))
                 blank = self.eps(x, t, empty, nobody.expand_as(tokens), portraits)
         error = (eps - noise).square().mean((1, 2, 3))
-        cfg = 1 + (CFG - 1) * torch.rand(size, 1, 1, 1, device=z.device)
-        guided = blank + cfg * (eps - blank)
+        guided = under_guidance(eps, blank)
         face = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
         said = {"eps_error": error.detach().mean(), "face_error": face.detach()}
         return self.balance(error, t) + FACE * face, said
@@ -164,7 +169,6 @@ class Trainer(Stage):
         return self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
 
     def files(self):
-        """{file: {key in it: the model's}}, in the layout of the public files."""
         found = {}
         for name in self.model.state_dict():
             part, n, *rest = name.split(".")
@@ -174,21 +178,10 @@ class Trainer(Stage):
                 found[f"ip_adapter.{n if part == 'lora' else 2 * int(n) + 1}.{'.'.join(rest)}"] = name
         return {f"{self.path.stem}.safetensors": found}
 
-    def export(self, out):
-        for file, names in self.files().items():
-            shadow = self.average.shadow
-            save_file({key: shadow[name].half().contiguous().cpu() for key, name in names.items()}, out / file)
-
-    def load(self, out):
-        """Go on from what was exported, where there is no checkpoint."""
-        if self.step == 0:
-            given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
-                     for key, name in names.items()}
-            self.model.load_state_dict(given)
-            self.average = common.Average(self.model, self.average.decay)
-
 
 class Plus(Trainer):
+    until = SAY  # it has learned to say captions
+
     def __init__(self, work, name="adapter", seed=0, lr=2e-3):
         torch.manual_seed(seed)
         super().__init__(work, name, projectors.Resampler(resampler_shapes(), disable_weight_init), seed, lr)
@@ -225,8 +218,12 @@ class Plus(Trainer):
         rng.shuffle(parts)
         return parts, replace(portrait, **{name: rng.choice(FACTORS[name]) for name in told})
 
+    def load(self, out):
+        super().load(out)
+        self.until = 0.0
+
     def loss(self, size):
-        return self.say(8 * size) if self.progress < SAY else super().loss(size)
+        return self.say(8 * size) if self.progress < self.until else super().loss(size)
 
     def say(self, size):
         """The tokens for a portrait's factors shall be the text encoder's outputs at the words that name them."""

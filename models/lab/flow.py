@@ -8,7 +8,7 @@ What text and reference say in training, and who judges faces, is as for the plu
 import numpy as np
 import torch
 from comfy.ops import disable_weight_init
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...patches.shared.jointreference import rms
 from ..identity.joint import INSTANTX, Network
@@ -19,10 +19,12 @@ from .stage import Stage
 from .text import Vocabulary
 
 TOKENS, INNER = 16, 256
-LATEST = 0.85  # time after which the clean estimate shows no face to judge
+LATEST = 0.95  # time after which the clean estimate shows no face to judge
 
 
 class Trainer(Stage):
+    parts = {"image_proj": "image_proj", "layers": "ip_adapter"}  # of the model, and their names in the file
+
     def __init__(self, work, name="adapter_dit", seed=0, lr=2e-3):
         torch.manual_seed(seed)
         device = common.device()
@@ -95,20 +97,30 @@ class Trainer(Stage):
         x = self.base.model_sampling.noise_scaling(t.view(-1, 1, 1, 1), noise, z)
         with common.autocast():
             tokens = self.tokens(self.reference(looked, given))
-            v = self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens)).float()
+            v = self.velocity(x, t, rows, tokens)
+            with torch.no_grad():
+                empty = torch.tensor(self.vocabulary.encode([]), device=rows.device).expand_as(rows)
+                nobody = self.tokens(self.reference(looked[:1], torch.zeros_like(given[:1])))
+                blank = self.velocity(x, t, empty, nobody.expand_as(tokens))
         error = (v - (noise - z)).square().mean()
-        face = self.faces.error(x - t.view(-1, 1, 1, 1) * v, at, given & (t < LATEST))
-        return error + face, {"velocity_error": error.detach(), "face_error": face.detach()}
+        clean = x - t.view(-1, 1, 1, 1) * adapters.under_guidance(v, blank)
+        face = self.faces.error(clean, at, given & (t < LATEST))
+        return error + adapters.FACE * face, {"velocity_error": error.detach(), "face_error": face.detach()}
 
-    def export(self, out):
-        """fp16, in the layout of the public file."""
-        weights = {("ip_adapter" + k.removeprefix("layers") if k.startswith("layers.") else k): v
-                   for k, v in self.average.shadow.items()}
-        save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / f"{self.path.stem}.safetensors")
+    def velocity(self, x, t, rows, tokens):
+        """What the DiT says of x by rows of texts and the tokens beside them."""
+        return self.dit(x, t, *self.text(rows), transformer_options=self.add(tokens)).float()
+
+    def files(self):
+        keys = {f"{self.parts[part]}.{rest}": f"{part}.{rest}"
+                for part, rest in (name.split(".", 1) for name in self.model.state_dict())}
+        return {f"{self.path.stem}.safetensors": keys}
 
 
-def train(work, budget, batch=32, lr=2e-3, seed=0):
+def train(work, budget, batch=32, lr=2e-3, seed=0, shipped=False, which=Trainer):
     with trainable():
-        stage = Trainer(work, seed=seed, lr=lr)
+        stage = which(work, seed=seed, lr=lr)
+        if shipped:
+            stage.load(common.WEIGHTS)
         stage.run(budget, batch)
         stage.export(common.WEIGHTS)

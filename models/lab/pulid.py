@@ -6,17 +6,17 @@ The reference is another picture of the person, as for FaceID (adapters.py). Tra
 alignment of what is drawn with and without it has no part here.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from comfy.ops import disable_weight_init
-from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from ...patches.identity.pulid import DOUBLE, SINGLE, shown
 from ...patches.shared.face import Face
 from ..identity.pulid import DEPTHS, FLUX, Network
 from . import common, faceid, flow, load, vision
-from .dit import trainable
 from .face import keypoints
 from .portrait import draw
 from .reader import load_reader
@@ -54,6 +54,7 @@ class Eyes:
 
 class Trainer(flow.Trainer):
     choose = faceid.Face.choose
+    parts = {"image_proj": "pulid_encoder", "layers": "pulid_ca"}
 
     def __init__(self, work, name="adapter_pulid", seed=0, lr=2e-3):
         super().__init__(work, name, seed, lr)
@@ -102,15 +103,5 @@ class Trainer(flow.Trainer):
         text, image = out.split((load.TOKENS, out.shape[1] - load.TOKENS), 1)
         return torch.cat((text, image + layer(image, k, v)), 1)
 
-    def export(self, out):
-        """fp16, in the layout of the public file."""
-        names = {"image_proj": "pulid_encoder", "layers": "pulid_ca"}
-        weights = {f"{names[k.split('.')[0]]}.{k.split('.', 1)[1]}": v for k, v in self.average.shadow.items()}
-        save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / f"{self.path.stem}.safetensors")
 
-
-def train(work, budget, batch=32, lr=2e-3, seed=0):
-    with trainable():
-        stage = Trainer(work, seed=seed, lr=lr)
-        stage.run(budget, batch)
-        stage.export(common.WEIGHTS)
+train = partial(flow.train, which=Trainer)

@@ -3,12 +3,14 @@
 import random
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from . import common
 
 
 class Stage:
-    """Trains `model`; a subclass gives `loss(size)` -> (loss, {name: figure to log}) and `export(out)`.
+    """Trains `model`; a subclass gives `loss(size)` -> (loss, {name: figure to log}), and `files()` or an `export(out)`
+    of its own.
 
     work: folder of the checkpoint `name`.ckpt.  adam: words in names of the matrices that Adam trains, not Muon.
     kept: {name: tensor} that is changed in place and belongs to the checkpoint too.
@@ -35,6 +37,24 @@ class Stage:
 
     def loss(self, size):
         raise NotImplementedError
+
+    def files(self):
+        """{file: {key in it: the model's}}."""
+        raise NotImplementedError
+
+    def export(self, out):
+        """fp16, in the layout of the public files."""
+        for file, names in self.files().items():
+            weights = {key: self.average.shadow[name] for key, name in names.items()}
+            save_file({key: v.half().contiguous().cpu() for key, v in weights.items()}, out / file)
+
+    def load(self, out):
+        """Go on from what was exported, where there is no checkpoint."""
+        if self.step == 0:
+            given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
+                     for key, name in names.items()}
+            self.model.load_state_dict(given)
+            self.average = common.Average(self.model, self.average.decay)
 
     def save(self, log):
         state = dict(model=self.model.state_dict(), average=self.average.shadow, optimiser=self.optimiser.state_dict())

@@ -93,7 +93,7 @@ def test_its_keys_are_those_of_the_public_file(exported):
 
 
 def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
-    """Every part is trained, and the training goes on where it stopped."""
+    """Every part is trained, and the training goes on where it stopped, and from the file."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     begun = {k: v.clone() for k, v in pulid.Trainer(work).model.state_dict().items()}
     pulid.train(work, 3, batch=4)
@@ -105,6 +105,10 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     assert again["step"] > first["step"] and again["seconds"] >= 5
     weights = load_file(tmp_path / "adapter_pulid.safetensors")
     assert torch.equal(weights["pulid_ca.2.to_q.weight"], again["average"]["layers.2.to_q.weight"].half())
+    (work / "adapter_pulid.ckpt").unlink()
+    pulid.train(work, 0, shipped=True)
+    assert set(weights) == set(anew := load_file(tmp_path / "adapter_pulid.safetensors"))
+    assert [k for k, v in anew.items() if not torch.equal(v, weights[k])] == []
 
 
 def test_what_the_bench_draws(exported):
