@@ -34,6 +34,7 @@ SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two f
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
+WORDS = 2.0  # of what it says of the factors
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
 
 
@@ -159,9 +160,9 @@ class Trainer(Stage):
                 blank = self.eps(x, t, empty, nobody.expand_as(tokens), portraits)
         error = (eps - noise).square().mean((1, 2, 3))
         guided = under_guidance(eps, blank)
-        face = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
-        said = {"eps_error": error.detach().mean(), "face_error": face.detach()}
-        return self.balance(error, t) + FACE * face, said
+        face, words = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
+        said = {"eps_error": error.mean(), "face_error": face, "factor_error": words}
+        return self.balance(error, t) + FACE * face + WORDS * words, {k: v.detach() for k, v in said.items()}
 
     def eps(self, x, t, rows, tokens, portraits):
         """The noise that the UNet sees in x, which shows `portraits`, by rows of texts and the tokens beside them."""

@@ -104,8 +104,10 @@ class Trainer(Stage):
                 blank = self.velocity(x, t, empty, nobody.expand_as(tokens))
         error = (v - (noise - z)).square().mean()
         clean = x - t.view(-1, 1, 1, 1) * adapters.under_guidance(v, blank)
-        face = self.faces.error(clean, at, given & (t < LATEST))
-        return error + adapters.FACE * face, {"velocity_error": error.detach(), "face_error": face.detach()}
+        face, words = self.faces.error(clean, at, given & (t < LATEST))
+        said = {"velocity_error": error, "face_error": face, "factor_error": words}
+        loss = error + adapters.FACE * face + adapters.WORDS * words
+        return loss, {k: v.detach() for k, v in said.items()}
 
     def velocity(self, x, t, rows, tokens):
         """What the DiT says of x by rows of texts and the tokens beside them."""
