@@ -34,7 +34,6 @@ SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two f
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
-WORDS = 2.0  # of what it says of the factors
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
 
 
@@ -71,12 +70,6 @@ def examples(stage, size):
     rows = torch.tensor([stage.vocabulary.encode(parts) for parts, _ in chosen], device=stage.z.device)
     given = torch.tensor([p is not None for _, p in chosen], device=stage.z.device)
     return at, stage.z[at], rows, [p or stage.portraits[0] for _, p in chosen], given
-
-
-def under_guidance(full, blank):
-    """What the host makes of what the model says with and without a condition, of each item by a cfg of its own."""
-    cfg = 1 + (CFG - 1) * torch.rand(len(full), 1, 1, 1, device=full.device)
-    return blank + cfg * (full - blank)
 
 
 class Trainer(Stage):
@@ -159,10 +152,11 @@ class Trainer(Stage):
                 nobody = self.model.image_proj(self.reference(looked[:1], torch.zeros_like(given[:1])))
                 blank = self.eps(x, t, empty, nobody.expand_as(tokens), portraits)
         error = (eps - noise).square().mean((1, 2, 3))
-        guided = under_guidance(eps, blank)
-        face, words = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
-        said = {"eps_error": error.mean(), "face_error": face, "factor_error": words}
-        return self.balance(error, t) + FACE * face + WORDS * words, {k: v.detach() for k, v in said.items()}
+        cfg = 1 + (CFG - 1) * torch.rand(size, 1, 1, 1, device=z.device)
+        guided = blank + cfg * (eps - blank)
+        face = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
+        said = {"eps_error": error.detach().mean(), "face_error": face.detach()}
+        return self.balance(error, t) + FACE * face, said
 
     def eps(self, x, t, rows, tokens, portraits):
         """The noise that the UNet sees in x, which shows `portraits`, by rows of texts and the tokens beside them."""

@@ -147,7 +147,7 @@ class Trainer(Stage):
         elsewhere = torch.cat(shares).mean() if len(words[0]) else error.new_zeros(())
         given = torch.zeros_like(t, dtype=torch.bool).index_fill(0, words[0], True)
         clean, judged = z + sigma * (noise - eps), (given & (t < LATEST)).repeat_interleave(2)
-        face, _ = self.faces.error(torch.stack(clean.chunk(2, -1), 1).flatten(0, 1), sum(at, []), judged)
+        face = self.faces.error(torch.stack(clean.chunk(2, -1), 1).flatten(0, 1), sum(at, []), judged)
         said = {"eps_error": error.mean(), "face_error": face, "elsewhere": elsewhere}
         return self.balance(error, t) + face + PLACES * elsewhere, {k: v.detach() for k, v in said.items()}
 

@@ -54,14 +54,10 @@ class Geometry(Stage):
         z = z + NOISE * torch.rand(size, 1, 1, 1, device=z.device) * torch.randn_like(z)
         with common.autocast():
             factors, measured = self.model(z)
+        split = factors.split(SIZES, 1)
+        words = sum(F.cross_entropy(v, self.named[at, i]) for i, v in enumerate(split)) / len(split)
         error = (measured - self.measures[at]).square().mean()
-        return misread(factors, self.named[at]) + MEASURES * error, {"geometry_error": error.detach()}
-
-
-def misread(factors, named):
-    """Cross-entropy of logits [B, sum(SIZES)] of the factors named [B, factors], on average over the factors."""
-    split = factors.split(SIZES, 1)
-    return sum(F.cross_entropy(v, named[:, i]) for i, v in enumerate(split)) / len(split)
+        return words + MEASURES * error, {"geometry_error": error.detach()}
 
 
 def train(work, budget, batch=32, seed=0):
@@ -79,14 +75,12 @@ class Faces:
         self.judge.load_state_dict(state["model"])
         self.judge.eval().requires_grad_(False)
         self.measures = torch.tensor([p.geometry for p in portraits]).float().to(common.device())
-        self.named = torch.tensor([p.indices for p in portraits], dtype=torch.long).to(common.device())
         self.scale = scale
 
     def error(self, clean, at, judged):
-        """What is wrong with clean [B, 4, 16, 16] of the portraits `at`, where `judged` [B]: mean squared error of the
-        measures, and cross-entropy of the factors."""
+        """Mean squared error of the measures in clean [B, 4, 16, 16] of the portraits `at`, where `judged` [B]."""
         if not judged.any():
-            return clean.sum() * 0, clean.sum() * 0
+            return clean.sum() * 0
         with common.autocast():
-            factors, read = self.judge(clean[judged] / self.scale)
-        return (read - self.measures[at][judged]).square().mean(), misread(factors, self.named[at][judged])
+            read = self.judge(clean[judged] / self.scale)[1]
+        return (read - self.measures[at][judged]).square().mean()

@@ -1,11 +1,8 @@
 """The judge of faces learns to read latents, and asks for the face of the portrait where it is told to judge."""
 
-from itertools import accumulate
-
 import pytest
 import torch
 from steer.models.lab import common, data, geometry
-from steer.models.lab.reader import SIZES
 
 
 def test_learns_resumes_and_is_found(tmp_path, monkeypatch, work):
@@ -16,29 +13,25 @@ def test_learns_resumes_and_is_found(tmp_path, monkeypatch, work):
     for seconds in (4, 8, 16, 32):  # of processors, of which some do ten times the steps of others
         geometry.train(work, seconds, batch=10)
         faces = geometry.Faces(work, portraits, 0.5)
-        right, named = faces.error(z, list(range(10)), everyone)
-        wrong, misnamed = faces.error(z.roll(2, 0), list(range(10)), everyone)
-        if right < 0.4 * wrong and named < 0.5 * misnamed:
+        right = faces.error(z, list(range(10)), everyone)
+        wrong = faces.error(z.roll(2, 0), list(range(10)), everyone)
+        if right < 0.4 * wrong:
             break
     again = geometry.Geometry(work)
     assert again.step > first.step > 0
-    assert right < 0.4 * wrong and named < 0.5 * misnamed
-    assert faces.error(z, list(range(10)), ~everyone) == (0, 0)
+    assert right < 0.4 * wrong
+    assert faces.error(z, list(range(10)), ~everyone) == 0
     with common.autocast():
-        logits, read = faces.judge(again.z)  # halving and doubling are exact
+        read = faces.judge(again.z)[1]  # halving and doubling are exact
     assert torch.equal(right, (read - again.measures).square().mean())
-    each = [logits[:, a : a + n].softmax(1) for a, n in zip((0, *accumulate(SIZES)), SIZES, strict=False)]
-    said = [p[i, portrait.indices[f]].log() for f, p in enumerate(each) for i, portrait in enumerate(portraits)]
-    torch.testing.assert_close(named, -torch.stack(said).mean())
 
 
 def test_a_slope_comes_only_from_what_is_judged(work):
     faces = geometry.Faces(work, [data.edit(0)[0]] * 4, 1.0)
     z = torch.randn(4, 4, 16, 16, requires_grad=True)
     judged = torch.tensor([True, False, True, False])
-    for said in faces.error(z, [0, 1, 2, 3], judged):
-        (slope,) = torch.autograd.grad(said, z, retain_graph=True)
-        assert [bool(each.any()) for each in slope] == judged.tolist()
+    (slope,) = torch.autograd.grad(faces.error(z, [0, 1, 2, 3], judged), z)
+    assert [bool(each.any()) for each in slope] == judged.tolist()
 
 
 def test_says_which_stage_is_missing(tmp_path):
