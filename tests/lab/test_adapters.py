@@ -38,11 +38,12 @@ def test_its_keys_are_those_of_the_public_plus_files():
 
 
 def test_the_reference_comes_over_and_the_prompt_is_obeyed(models, reader):
-    """8 unseen references, one noise; the bench has the curve, also of the face, which hardly comes over."""
+    """8 unseen references, one noise: what the prompt leaves open is the reference's, a part of the face too."""
     case, options = likeness.cases(8, 60_000), dict(steps=10)
-    off, on = (likeness.drawn(reader, models, likeness.by_picture(s), case, **options) for s in (0.0, 1.0))
+    off, on = (likeness.drawn(reader, models, likeness.by_picture(s), case, **options) for s in (0.0, 0.75))
     assert off["taken"] < 0.45 and on["taken"] > 0.8
-    assert off["obeyed"] > 0.9 and on["obeyed"] > 0.85
+    assert off["obeyed"] > 0.9 and on["obeyed"] > 0.9
+    assert on["identity"] > max(off["identity"], on["strangers"]) + 0.25
 
 
 def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
