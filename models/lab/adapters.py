@@ -175,7 +175,7 @@ class Trainer(Stage):
 
 
 class Plus(Trainer):
-    until = SAY  # it has learned to say captions
+    until = SAY  # share of the training after which it can say captions
 
     def __init__(self, work, name="adapter", seed=0, lr=2e-3):
         torch.manual_seed(seed)

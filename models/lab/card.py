@@ -129,14 +129,15 @@ adapter's reference shares nothing with the picture but the face, the prompt tel
 face; it has a LoRA of rank 8 for every attention. InstantID: as FaceID, its tokens and a ControlNet that begins as the
 UNet's encoder and adds nothing at first, together. Stage geometry: a judge that reads face geometry and factors off
 latents. From then on adapters are also trained so that it finds the reference's face in their clean estimates, which
-counts four times, under a cfg from 1 to 5, which exaggerates faces (FaceID: after the first 41 minutes; InstantID: in
-the 64 minutes that the table tells, which began from what 31 before them had shipped; plus: in the table's 45, after 7
-without a judge). For the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and
-one of PuLID's, as FaceID; for these the judge counts once, and sees no guidance. All that have a judge were trained in
-fp32, from 4200 portraits in batches of 16; the table has the judge of FaceID, InstantID and plus, the others had one
-like it. FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word
-of each fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's
-transformers are trained, with the judge on each half, and so that each word is looked at from its own half.
+counts four times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for FaceID and all but
+the last 21 minutes of InstantID; guidance for FaceID after the first 41 minutes, for InstantID in the 64 minutes that
+the table tells, which began from what 31 before them had shipped, for plus in the table's 45, after 7 without a judge).
+For the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as
+FaceID; for these the judge counts once, and sees no guidance. All that have a judge were trained in fp32, from 4200
+portraits in batches of 16; the table has the judge of FaceID, InstantID and plus, the others had one like it.
+FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each
+fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers
+are trained, with the judge on each half, and so that each word is looked at from its own half.
 Reader: pairs of pictures of one face; renders, degraded renders, and reconstructions from noisy latents. Time
 predictors: noisy latents as the network sees them, times uniform, cross-entropy.
 

@@ -78,6 +78,7 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         anew.load(tmp_path)
         shipped = {k: v.half() for k, v in again["average"].items()}
         assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
+        assert "face_error" in anew.loss(4)[1]  # what is shipped can say captions
 
 
 def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):
