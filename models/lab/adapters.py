@@ -31,7 +31,7 @@ SAY = 0.15  # share of the training of "adapter" that is spent on captions
 CAPTIONS = 3000  # portraits whose captions it learns to say
 PHRASE = (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 7)  # of the caption that names each factor
 SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two for the end; the others are free
-NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.5, 0.1  # shares; what remains has a text that differs from the reference
+NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.2, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
@@ -79,6 +79,7 @@ class Trainer(Stage):
     """
 
     adam = ("latents",)
+    unit = 1.0  # how much of what was trained strength 1 of the file is
 
     def __init__(self, work, name, projector, seed, lr):
         device = common.device()
@@ -163,6 +164,9 @@ class Trainer(Stage):
         control, options = self.control(x, t, tokens, portraits), self.add(tokens)
         return self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
 
+    def amount(self, name):
+        return self.unit if name.endswith("to_v_ip.weight") else 1.0
+
     def files(self):
         found = {}
         for name in self.model.state_dict():
@@ -175,6 +179,7 @@ class Trainer(Stage):
 
 
 class Plus(Trainer):
+    unit = 0.75  # beyond it the reference overrules the prompt
     until = SAY  # share of the training after which it can say captions
 
     def __init__(self, work, name="adapter", seed=0, lr=2e-3):
@@ -258,7 +263,7 @@ def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0, shipped=False):
     import comfy.ldm.modules.attention as host
 
     with swapped(host):
-        stage = which(work, seed=seed, lr=lr)
+        stage = which(work, seed=seed, lr=lr / 2 if shipped else lr)
         if shipped:
             stage.load(common.WEIGHTS)
         stage.run(budget, batch)

@@ -17,9 +17,9 @@ def device():
 
 @functools.cache
 def fast_bf16():
-    """Whether bf16 has instructions here: without them a CPU multiplies it a hundred times slower than fp32."""
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"avx512_bf16": True}
-    return device().type != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+    """Whether bf16 is faster than fp32: a CPU takes 1.4 times as long with AVX-512 alone, a hundred with less."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"amx_bf16": True}
+    return device().type != "cpu" or bool(able.get("amx_bf16") or able.get("bf16"))
 
 
 def autocast():

@@ -25,7 +25,7 @@
     python models/lab/train.py eval                measure them and write weights/card.md and the contact sheet
 
 Works on a CPU and on a GPU. Stages with a budget stop when they have trained that many minutes of processor time in
-all, with the learning rate at zero; the defaults are for one core of a CPU with bf16 instructions. What the shipped
+all, with the learning rate at zero; the defaults are for one core of a CPU with AMX. What the shipped
 weights were given is in weights/card.md.
 Weights of a stage and its optimiser lie in --work; the log is weights/training.csv.
 """
@@ -60,7 +60,7 @@ def arguments():
     parser.add_argument("--batch", type=int, help="batch of vae (16), unet, dit (48), edit, an adapter (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more only on an idle machine")
-    shipped = f"{', '.join(SHIPPED)}: without a checkpoint, go on from the shipped weights"
+    shipped = f"{', '.join(SHIPPED)}: without a checkpoint, go on from the shipped weights, at half the rate"
     parser.add_argument("--shipped", action="store_true", help=shipped)
     parser.add_argument("--part", default="0/1", metavar="I/N", help="latents: encode every N-th block from block I")
     parser.add_argument("--weak", help="export: the early checkpoint for unet-weak (default: the earliest snapshot)")
