@@ -79,7 +79,6 @@ class Trainer(Stage):
     """
 
     adam = ("latents",)
-    unit = 1.0  # how much of what was trained strength 1 of the file is
 
     def __init__(self, work, name, projector, seed, lr):
         device = common.device()
@@ -164,9 +163,6 @@ class Trainer(Stage):
         control, options = self.control(x, t, tokens, portraits), self.add(tokens)
         return self.unet(x, t.float(), self.encoder(rows), control=control, transformer_options=options).float()
 
-    def amount(self, name):
-        return self.unit if name.endswith("to_v_ip.weight") else 1.0
-
     def files(self):
         found = {}
         for name in self.model.state_dict():
@@ -179,7 +175,6 @@ class Trainer(Stage):
 
 
 class Plus(Trainer):
-    unit = 0.75  # beyond it the reference overrules the prompt
     until = SAY  # share of the training after which it can say captions
 
     def __init__(self, work, name="adapter", seed=0, lr=2e-3):

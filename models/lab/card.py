@@ -123,20 +123,20 @@ Image encoder: the patch embedding begins as principal components; the embedding
 geometry (squares) through linear heads that are dropped; sharp and degraded renders. CLIP: the projection alone, from
 captions that name a part of a portrait, by cross-entropy among 256. Adapters: Lab-UNet stays frozen, keys and values
 begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of a portrait what
-the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt (50 %) or a
-caption (10 %), or differs in all that the prompt names (28 %), or there is none (12 %). The FaceID adapter's reference
+the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt (20 %) or a
+caption (10 %), or differs in all that the prompt names (58 %), or there is none (12 %). The FaceID adapter's reference
 shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without face; it has a
 LoRA of rank 8 for every attention. InstantID: as FaceID, its tokens and a ControlNet that begins as the UNet's encoder
 and adds nothing at first, together. Stage geometry: a judge that reads face geometry and factors off latents. From
 then on adapters are also trained so that it finds the reference's face in their clean estimates, which counts four
-times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for FaceID and all but the last 21
-minutes of InstantID; guidance for FaceID after the first 41 minutes, for InstantID in the 64 minutes that the table
-tells, which began from what 31 before them had shipped, for plus in the table's 45, after 7 without a judge). Strength
-1 of the files is 0.75 of what was trained for plus, which leaves the prompt its word, and 1.25 for InstantID, which
-costs it nothing and holds more of the face. For the DiT, which stays frozen too: an adapter of InstantX' layout,
-taught as the plus adapter, and one of PuLID's, as FaceID; for these the judge counts once, and sees no guidance. All
-that have a judge were trained in fp32, from 4200 portraits in batches of 16; the table has the judge of FaceID,
-InstantID and plus, the others had one like it.
+times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for FaceID and the first 74 minutes
+of InstantID; guidance for FaceID after the first 41 minutes, for InstantID after 31; plus had 7 without a judge). For
+the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as
+FaceID; for these the judge counts once, and sees no guidance. Where the table tells the last run alone, it went on
+from what had shipped, at half the learning rate: plus had 7, 45 and 18 minutes, InstantID 31, 64 and 20, InstantX'
+layout 20, 16 and 17; before these last ones of plus and InstantX' layout the prompt was empty for 50 %, and named
+other than the reference for 28 %. All that have a judge were trained in fp32, from 4200 portraits in batches of 16;
+the table has FaceID's judge, the others had ones like it.
 FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each
 fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers
 are trained, with the judge on each half, and so that each word is looked at from its own half.

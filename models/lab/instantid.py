@@ -20,7 +20,6 @@ from .portrait import SIZE
 
 TOKENS, DEPTH, WIDTH = 4, 2, 128  # of the resampler
 FACE = 512
-SAYS = "control.zero_convs", "control.middle_block_out"  # layers whose outputs the ControlNet adds to the UNet
 ZERO = ("zero_convs", "middle_block_out", "input_hint_block.14")  # what the ControlNet says, and what it is shown
 
 
@@ -51,7 +50,6 @@ class InstantID(faceid.Face):
     """The keypoints are the picture's own, the face is that of another picture of the person."""
 
     adam = ("latents", *ZERO, "input_hint_block.0.")
-    unit = 1.25  # of both; up to it the prompt loses nothing
 
     def __init__(self, work, name="adapter_instantid", seed=0, lr=2e-3):
         super().__init__(work, name, seed, lr)
@@ -65,9 +63,6 @@ class InstantID(faceid.Face):
     def control(self, x, t, tokens, portraits):
         hints = torch.cat([draw(keypoints(p)[None], (SIZE, SIZE)) for p in portraits]).movedim(-1, 1)
         return self.model.control(x, hints.to(x), t.float(), tokens)
-
-    def amount(self, name):
-        return self.unit if name.startswith(SAYS) else super().amount(name)
 
     def files(self):
         own = [name for name in self.model.state_dict() if name.startswith("control.")]

@@ -42,21 +42,17 @@ class Stage:
         """{file: {key in it: the model's}}."""
         raise NotImplementedError
 
-    def amount(self, name):
-        """By what the model's weight `name` is multiplied in the file."""
-        return 1.0
-
     def export(self, out):
         """fp16, in the layout of the public files."""
         for file, names in self.files().items():
-            weights = {key: self.average.shadow[name] * self.amount(name) for key, name in names.items()}
+            weights = {key: self.average.shadow[name] for key, name in names.items()}
             save_file({key: v.half().contiguous().cpu() for key, v in weights.items()}, out / file)
 
     def load(self, out):
         """Go on from what was exported, where there is no checkpoint."""
         if self.step == 0:
-            given = {name: load_file(out / file)[key].float() / self.amount(name)
-                     for file, names in self.files().items() for key, name in names.items()}
+            given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
+                     for key, name in names.items()}
             self.model.load_state_dict(given)
             self.average = common.Average(self.model, self.average.decay)
 

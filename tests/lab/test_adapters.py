@@ -43,7 +43,7 @@ def test_the_reference_comes_over_and_the_prompt_is_obeyed(models, reader):
     off, on = (likeness.drawn(reader, models, likeness.by_picture(s), case, **options) for s in (0.0, 1.0))
     assert off["taken"] < 0.45 and on["taken"] > 0.8
     assert off["obeyed"] > 0.9 and on["obeyed"] > 0.9
-    assert on["identity"] > max(off["identity"], on["strangers"]) + 0.25
+    assert on["identity"] > max(off["identity"], on["strangers"]) + 0.3
 
 
 def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
@@ -73,13 +73,11 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         assert adapter.variant == variant
         weights = load_file(tmp_path / f"{name}.safetensors")
         assert torch.equal(weights["ip_adapter.1.to_k_ip.weight"], again["average"]["layers.0.to_k_ip.weight"].half())
-        answer = again["average"]["layers.0.to_v_ip.weight"] * which.unit
-        assert torch.equal(weights["ip_adapter.1.to_v_ip.weight"], answer.half())
         (work / f"{name}.ckpt").unlink()
         anew = which(work)
         anew.load(tmp_path)
-        for k, v in anew.model.state_dict().items():
-            torch.testing.assert_close(v, again["average"][k], rtol=1e-3, atol=1e-6)
+        shipped = {k: v.half() for k, v in again["average"].items()}
+        assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
         assert "face_error" in anew.loss(4)[1]  # what is shipped can say captions
 
 

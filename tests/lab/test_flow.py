@@ -113,8 +113,8 @@ def test_the_reference_comes_over_and_the_prompt_is_obeyed():
     """8 unseen references, one noise: what the prompt leaves open is the reference's, the face too."""
     case, options = likeness.cases(8, 60_000), {**evaluate.FLOW, "steps": 10}
     reader, models = load_reader(), load.load_model("dit")
-    by = (likeness.by_picture(strength, "adapter_dit.safetensors") for strength in (0.0, 0.5))
+    by = (likeness.by_picture(strength, "adapter_dit.safetensors") for strength in (0.0, 0.75))
     off, on = (likeness.drawn(reader, models, steer, case, **options) for steer in by)
-    assert off["taken"] < 0.4 and on["taken"] > off["taken"] + 0.25
+    assert off["taken"] < 0.4 and on["taken"] > off["taken"] + 0.35
     assert off["obeyed"] > 0.9 and on["obeyed"] > 0.9
-    assert off["identity"] < 0.25 and on["identity"] > on["strangers"] + 0.2
+    assert off["identity"] < 0.25 and on["identity"] > on["strangers"] + 0.4

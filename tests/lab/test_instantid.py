@@ -46,8 +46,7 @@ def test_keypoints_are_where_the_renderer_draws():
 
 
 def test_is_trained_as_the_node_applies_it(work, trainer, tmp_path):
-    """One step of the host with the node and the exported files, whose unit is known, and the UNet as the training asks
-    it."""
+    """One step of the host with the node and the exported files, and the UNet as the training asks it."""
     trainer.export(tmp_path)
     made = files.load(str(tmp_path / "adapter_by_hand.safetensors"))
     net = load.load_control(tmp_path / "controlnet.safetensors")
@@ -59,9 +58,8 @@ def test_is_trained_as_the_node_applies_it(work, trainer, tmp_path):
     who = trainer.reference([p], torch.tensor([True]))
     hint = face.draw(keypoints(p)[None], (128, 128))
     always = Schedule()
-    whole = 1 / trainer.unit
     steered, positive, negative = method.apply(
-        model, positive, negative, made, net, who, hint, whole, whole, "linear", "auto", always
+        model, positive, negative, made, net, who, hint, 1.0, 1.0, "linear", "auto", always
     )
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     def host(model, positive):
@@ -128,14 +126,13 @@ def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
     again = torch.load(work / "adapter_instantid.ckpt", weights_only=True)
     assert again["step"] > first["step"] and again["seconds"] >= 6
     weights = load_file(tmp_path / "controlnet.safetensors")
-    said = again["average"]["control.zero_convs.3.0.weight"] * instantid.InstantID.unit
-    assert torch.equal(weights["zero_convs.3.0.weight"], said.half())
+    assert torch.equal(weights["zero_convs.3.0.weight"], again["average"]["control.zero_convs.3.0.weight"].half())
     assert isinstance(load.load_control(tmp_path / "controlnet.safetensors"), comfy.controlnet.ControlNet)
     (work / "adapter_instantid.ckpt").unlink()
     anew = instantid.InstantID(work)
     anew.load(tmp_path)
-    for k, v in anew.model.state_dict().items():
-        torch.testing.assert_close(v, again["average"][k], rtol=1e-3, atol=1e-6)
+    shipped = {k: v.half() for k, v in again["average"].items()}
+    assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
 
 
 def test_what_the_bench_draws(trainer, tmp_path):
@@ -156,7 +153,7 @@ def test_the_face_comes_over(models, reader):
     """8 unseen faces in poses of their own, one noise; the prompt tells all but the face."""
     case, options = likeness.faces(8, 60_000, likeness.POSED), dict(named=tuple(FACTORS), steps=10)
     off, on = (likeness.drawn_alone(reader, models, likeness.by_keypoints(s), case, **options) for s in (0.0, 1.0))
-    assert on["identity"] > off["identity"] + 0.3 and on["identity"] > on["strangers"] + 0.3
+    assert on["identity"] > off["identity"] + 0.5 and on["identity"] > on["strangers"] + 0.5
     assert on["obeyed"] > 0.9
 
 
