@@ -258,7 +258,7 @@ def train(work, budget, which=Plus, batch=32, lr=2e-3, seed=0, shipped=False):
     import comfy.ldm.modules.attention as host
 
     with swapped(host):
-        stage = which(work, seed=seed, lr=lr / 2 if shipped else lr)
+        stage = which(work, seed=seed, lr=lr)
         if shipped:
             stage.load(common.WEIGHTS)
         stage.run(budget, batch)

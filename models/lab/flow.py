@@ -111,7 +111,7 @@ class Trainer(Stage):
 
 def train(work, budget, batch=32, lr=2e-3, seed=0, shipped=False, which=Trainer):
     with trainable():
-        stage = which(work, seed=seed, lr=lr / 2 if shipped else lr)
+        stage = which(work, seed=seed, lr=lr)
         if shipped:
             stage.load(common.WEIGHTS)
         stage.run(budget, batch)

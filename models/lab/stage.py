@@ -49,7 +49,8 @@ class Stage:
             save_file({key: v.half().contiguous().cpu() for key, v in weights.items()}, out / file)
 
     def load(self, out):
-        """Go on from what was exported, where there is no checkpoint."""
+        """Go on at half the learning rate, from what was exported where there is no checkpoint."""
+        self.lr /= 2
         if self.step == 0:
             given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
                      for key, name in names.items()}

@@ -74,8 +74,9 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         weights = load_file(tmp_path / f"{name}.safetensors")
         assert torch.equal(weights["ip_adapter.1.to_k_ip.weight"], again["average"]["layers.0.to_k_ip.weight"].half())
         (work / f"{name}.ckpt").unlink()
-        anew = which(work)
+        anew = which(work, lr=0.5)
         anew.load(tmp_path)
+        assert anew.lr == 0.25
         shipped = {k: v.half() for k, v in again["average"].items()}
         assert [k for k, v in anew.model.state_dict().items() if not torch.equal(v.half(), shipped[k])] == []
         assert "face_error" in anew.loss(4)[1]  # what is shipped can say captions

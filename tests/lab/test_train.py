@@ -120,6 +120,13 @@ def test_the_command_explains_itself():
         assert stage in text
 
 
+@pytest.mark.parametrize("able, fast", [("amx_bf16", True), ("bf16", True), ("avx512_bf16", False), ("avx2", False)])
+def test_bf16_is_fast_where_matrices_have_units_for_it(monkeypatch, able, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    monkeypatch.setattr(common, "device", lambda: torch.device("cpu"))
+    assert common.fast_bf16.__wrapped__() is fast
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_used_where_it_is_fast(monkeypatch, fast):
     monkeypatch.setattr(common, "fast_bf16", lambda: fast)
