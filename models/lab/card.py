@@ -132,11 +132,11 @@ then on adapters are also trained so that it finds the reference's face in their
 times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for FaceID and the first 74 minutes
 of InstantID; guidance for FaceID after the first 41 minutes, for InstantID after 31; plus had 7 without a judge). For
 the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as
-FaceID; for these the judge counts once, and sees no guidance. Where the table tells the last run alone, it went on
-from what had shipped, at half the learning rate: plus had 7, 45 and 18 minutes, InstantID 31, 64 and 20, InstantX'
-layout 20, 16 and 17; before these last ones of plus and InstantX' layout the prompt was empty for 50 %, and named
-other than the reference for 28 %. All that have a judge were trained in fp32, from 4200 portraits in batches of 16;
-the table has FaceID's judge, the others had ones like it.
+FaceID; for these the judge counts once, and sees no guidance. Of three of them the table tells the last run alone,
+which went on from what had shipped: plus had 7, 45 and 18 minutes, InstantID 31, 64 and 20, InstantX' layout 20, 16
+and 17. Half the learning rate, and the shares above, are those of the last run, of the last two for InstantX' layout;
+in the runs before, the prompt was empty for 50 %, and named other than the reference for 28 %. All that have a judge
+were trained in fp32, from 4200 portraits in batches of 16; the table has FaceID's judge, the others had ones like it.
 FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each
 fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers
 are trained, with the judge on each half, and so that each word is looked at from its own half.
