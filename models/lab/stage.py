@@ -49,12 +49,13 @@ class Stage:
             save_file({key: v.half().contiguous().cpu() for key, v in weights.items()}, out / file)
 
     def load(self, out):
-        """Go on at half the learning rate, from what was exported where there is no checkpoint."""
+        """Go on at half the learning rate, from what was exported where there is no checkpoint; what is not exported
+        begins anew."""
         self.lr /= 2
         if self.step == 0:
             given = {name: load_file(out / file)[key].float() for file, names in self.files().items()
                      for key, name in names.items()}
-            self.model.load_state_dict(given)
+            self.model.load_state_dict(self.model.state_dict() | given)
             self.average = common.Average(self.model, self.average.decay)
 
     def save(self, log):

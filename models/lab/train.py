@@ -42,7 +42,7 @@ STAGES = ("data", "vae", "latents", "text", "reader", "unet", "dit", "dit-weak",
           "eval")  # fmt: skip
 MINUTES = {"vae": 20.5, "unet": 31, "dit": 75, "dit-weak": 3.5, "edit": 25, "vision": 3, "geometry": 4, "adapter": 7,
            "faceid": 20, "instantid": 22, "adapter-dit": 15, "fastcomposer": 35, "pulid": 15, "time": 2, "time-dit": 2}
-SHIPPED = "adapter", "faceid", "instantid", "adapter-dit", "pulid"  # stages that can go on from what they exported
+SHIPPED = "vision", "adapter", "faceid", "instantid", "adapter-dit", "pulid"  # can go on from what they exported
 OWN = {"geometry": "geometry", "instantid": "instantid", "adapter-dit": "flow", "fastcomposer": "fastcomposer",
        "pulid": "pulid"}  # modules  # fmt: skip
 PARTS = ("vae", "reader", "unet", "unet-weak", "unet-edit", "vision", "clip", "adapter", "faceid", "instantid",
@@ -99,7 +99,8 @@ def run(stage, o):
         module("edit").build(o.work)
         module("edit").train(o.work, 60 * (o.minutes or MINUTES["edit"]), o.batch or 32, seed=o.seed)
     elif stage == "vision":
-        module("vision").train(o.work, 60 * (o.minutes or MINUTES["vision"]), o.batch or 64, seed=o.seed)
+        module("vision").train(o.work, 60 * (o.minutes or MINUTES["vision"]), o.batch or 64, seed=o.seed,
+                               shipped=o.shipped)
     elif stage == "clip":
         module("clip").train(module("common").WEIGHTS, o.seed)
     elif stage in ("adapter", "faceid"):

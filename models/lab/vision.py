@@ -1,7 +1,8 @@
 """Stage "vision": the lab's image encoder, a small vision transformer of the host's CLIP kind.
 
 It learns to tell all factors and the face geometry of a portrait from its embedding; the heads that tell them are
-dropped afterwards. Portraits are sharp or degraded; some are drawn anew for every step.
+dropped afterwards. Portraits are sharp or degraded; some are drawn anew for every step. Where it goes on from what was
+shipped, the face counts for more, and its states are held near the shipped ones, which others have learned to read.
 """
 
 from collections import deque
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
 from comfy.ops import disable_weight_init
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import common, load
 from .data import HELD_OUT
@@ -51,10 +52,10 @@ def principal(model, images):
     embeddings.position_embedding.weight[1:] -= mean @ weight.T
 
 
-def exported():
-    """The trained encoder, frozen, on the device."""
+def exported(out=load.WEIGHTS):
+    """The trained encoder in the folder `out`, frozen, on the device."""
     model = network().to(common.device()).requires_grad_(False)
-    model.load_state_dict({k: v.float() for k, v in load_file(load.WEIGHTS / "vision.safetensors").items()})
+    model.load_state_dict({k: v.float() for k, v in load_file(out / "vision.safetensors").items()})
     return model
 
 
@@ -78,9 +79,13 @@ def states(model, images):
 
 
 POOL, FRESH = 4096, 16  # portraits to choose from, and how many of them are new in each step
+NEAR = 0.3  # weight of the distance to the shipped states, in their variance
 
 
 class Vision(Stage):
+    sharp, face = 0.5, 2.0  # share of pictures that are not degraded, weight of the geometry's error
+    shipped = None  # the encoder to stay near to
+
     def __init__(self, work, name="vision", seed=0, lr=2e-3):
         torch.manual_seed(seed)
         head = torch.nn.Linear(load.VISION["projection_dim"], sum(SIZES) + len(GEOMETRY))
@@ -90,6 +95,10 @@ class Vision(Stage):
         super().__init__(work, name, model, ("patch_embedding", "position", "head"), seed, lr, decay=0.99)
         self.pool = deque(maxlen=POOL)
 
+    def load(self, out):
+        super().load(out)
+        self.shipped, self.sharp, self.face = exported(out), 0.75, 8.0
+
     def batch(self, size):
         """-> images [B, 128, 128, 3], indices of the factors [B, 11], geometry [B, 6]."""
         for _ in range(size if not self.pool else FRESH):
@@ -97,27 +106,42 @@ class Vision(Stage):
             self.pool.append((draw(portrait), portrait))
         chosen = self.rng.sample(self.pool, size)
         images = torch.from_numpy(np.stack([x for x, _ in chosen])).to(common.device()).movedim(-1, 1) / 255
-        images = torch.cat([images[: size // 2], degrade(images[size // 2 :])]).movedim(1, -1)
+        sharp = round(self.sharp * size)
+        images = torch.cat([images[:sharp], degrade(images[sharp:])]).movedim(1, -1)
         factors = torch.tensor([p.indices for _, p in chosen], device=images.device)
         return images, factors, torch.tensor([p.geometry for _, p in chosen], device=images.device)
 
     def loss(self, size):
         images, factors, geometry = self.batch(size)
         with common.autocast():
-            told = self.model["head"](look(self.model["vision"], images)[1]).float()
+            found = states(self.model["vision"], images)
+            told = self.model["head"](found[0]).float()
         *logits, measured = told.split([*SIZES, len(GEOMETRY)], 1)
         words = sum(F.cross_entropy(v, factors[:, i]) for i, v in enumerate(logits)) / len(logits)
         error = (measured - geometry).square().mean()
         right = torch.stack([v.argmax(1) == factors[:, i] for i, v in enumerate(logits)]).float().mean()
-        return words + 2 * error, {"accuracy": right, "geometry_error": error.detach()}
+        said = {"accuracy": right, "geometry_error": error.detach()}
+        loss = words + self.face * error
+        if self.shipped is not None:
+            far = self.distance(found, images)
+            loss, said = loss + NEAR * far, said | {"distance": far.detach()}
+        return loss, said
 
-    def export(self, out):
-        """fp16 -> `out`/vision.safetensors, without the heads."""
-        weights = {k.removeprefix("vision."): v for k, v in self.average.shadow.items() if k.startswith("vision.")}
-        save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / "vision.safetensors")
+    def distance(self, found, images):
+        """Mean squared distance of embedding and hidden states to the shipped encoder's, each in its variance."""
+        with torch.no_grad():
+            embedding, hidden = states(self.shipped, images)
+        pairs = zip((found[0], *found[1]), (embedding, *hidden), strict=True)
+        return torch.stack([(a - b).square().mean() / b.var(0).mean() for a, b in pairs]).mean()
+
+    def files(self):
+        own = (key for key in self.model.state_dict() if key.startswith("vision."))
+        return {"vision.safetensors": {key.removeprefix("vision."): key for key in own}}  # without the heads
 
 
-def train(work, budget, batch=64, lr=2e-3, seed=0):
+def train(work, budget, batch=64, lr=2e-3, seed=0, shipped=False):
     stage = Vision(work, seed=seed, lr=lr)
+    if shipped:
+        stage.load(common.WEIGHTS)
     stage.run(budget, batch)
     stage.export(common.WEIGHTS)

@@ -87,6 +87,20 @@ def test_vision_trains_every_part_resumes_and_exports(work):
     assert again["step"] > first["step"] and again["seconds"] >= 4
     exported = load_file(work / "vision.safetensors")
     assert {f"vision.{name}" for name in exported} == {name for name in again["model"] if name.startswith("vision.")}
+    (work / "vision.ckpt").unlink()
+    anew = vision.Vision(work, lr=0.5)
+    anew.load(work)
+    assert anew.lr == 0.25
+    for name, weight in anew.model["vision"].state_dict().items():
+        assert torch.equal(weight.half(), exported[name]), name
+    assert anew.loss(16)[1]["distance"] < 1e-6  # from what was shipped
+    with torch.no_grad():
+        anew.model["vision"].visual_projection.weight.mul_(1.5)
+    images = anew.batch(16)[0]
+    found = vision.states(anew.model["vision"], images)
+    embedding = found[0] / 1.5
+    wanted = (embedding / 2).square().mean() / embedding.var(0).mean() / 6  # the five hidden states are where they were
+    assert torch.isclose(anew.distance(found, images), wanted, rtol=1e-3)
 
 
 def test_an_edit_is_told_by_what_changed():
