@@ -34,7 +34,14 @@ SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two f
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.2, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
+STRANGERS, SETTLED = 0.7, 200  # share of pictures on their way to another face, and the time when faces are settled
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
+
+
+def build(work, count=edit.PAIRS):
+    """The latents to train on: `work`/edits.npy, and `work`/strangers.npy, the same portraits of somebody else."""
+    edit.build(work, count)
+    edit.build(work, len(np.load(work / "edits.npy", mmap_mode="r")), "strangers", data.strangers)
 
 
 def resampler_shapes():
@@ -101,9 +108,9 @@ class Trainer(Stage):
         self.balance = Balance()
         self.balance.mean.fill_(0.02)
         super().__init__(work, name, model, self.adam, seed, lr, kept={"balance": self.balance.mean})
-        latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
-        self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
-        self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
+        found = (torch.from_numpy(np.load(work / f"{file}.npy")).float().to(device) for file in ("edits", "strangers"))
+        self.z, self.strangers = (self.base.latent_format.process_in(x.flatten(0, 1)) for x in found)
+        self.portraits = [p for n in range(len(self.z) // 2) for p in data.edit(n)[:2]]
         self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
 
     def parts(self):
@@ -142,6 +149,9 @@ class Trainer(Stage):
         sampling = self.base.model_sampling
         t = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999).to(z.device)
         sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)
+        away = given & (t > SETTLED) & (torch.rand(size, device=z.device) < STRANGERS)
+        away = (away * torch.rand(size, device=z.device)).view(-1, 1, 1, 1)
+        noise = noise + away * (self.strangers[at] - z) / sigma  # the face that is drawn so far may be another's
         x = sampling.calculate_input(sigma, z + sigma * noise)
         portraits = [self.portraits[i] for i in at]
         with common.autocast():

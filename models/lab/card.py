@@ -120,23 +120,29 @@ the pooled vector is zero for 30 % of the pictures, so that the context is read,
 that the pooled vector is heard where the context is silent (the shipped weights: 50 % and 0 % for the first 1000
 steps, 40 % and 15 % for the next 1000).
 Image encoder: the patch embedding begins as principal components; the embedding tells factors (cross-entropy) and
-geometry (squares) through linear heads that are dropped; sharp and degraded renders. CLIP: the projection alone, from
-captions that name a part of a portrait, by cross-entropy among 256. Adapters: Lab-UNet stays frozen, keys and values
-begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of a portrait what
-the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt (20 %) or a
-caption (10 %), or differs in all that the prompt names (58 %), or there is none (12 %). The FaceID adapter's reference
-shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 % without face; it has a
-LoRA of rank 8 for every attention. InstantID: as FaceID, its tokens and a ControlNet that begins as the UNet's encoder
-and adds nothing at first, together. Stage geometry: a judge that reads face geometry and factors off latents. From
-then on adapters are also trained so that it finds the reference's face in their clean estimates, which counts four
-times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for FaceID and the first 74 minutes
-of InstantID; guidance for FaceID after the first 41 minutes, for InstantID after 31; plus had 7 without a judge). For
-the DiT, which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as
-FaceID; for these the judge counts once, and sees no guidance. Of three of them the table tells the last run alone,
-which went on from what had shipped: plus had 7, 45 and 18 minutes, InstantID 31, 64 and 20, InstantX' layout 20, 16
-and 17. Half the learning rate, and the shares above, are those of the last run, of the last two for InstantX' layout;
-in the runs before, the prompt was empty for 50 %, and named other than the reference for 28 %. All that have a judge
-were trained in fp32, from 4200 portraits in batches of 16; the table has FaceID's judge, the others had ones like it.
+geometry (squares) through linear heads that are dropped; sharp and degraded renders. After 3 minutes it went on for
+13.5, with heads made anew, where geometry counts for four times as much, three of four renders are sharp, and all
+states are held near what they were; the table has this run. CLIP: the projection alone, from captions that name a
+part of a portrait, by cross-entropy among 256; not anew for the later encoder. Adapters: Lab-UNet stays frozen, keys
+and values begin as its own for the text, the eps error as of the UNet. The plus adapter is first taught to say of a
+portrait what the text encoder makes of its caption; then the reference is the picture itself beside an empty prompt
+(20 %) or a caption (10 %), or differs in all that the prompt names (58 %), or there is none (12 %). The FaceID
+adapter's reference shares nothing with the picture but the face, the prompt tells all or much of the rest; 10 %
+without face; it has a LoRA of rank 8 for every attention. InstantID: as FaceID, its tokens and a ControlNet that
+begins as the UNet's encoder and adds nothing at first, together. Stage geometry: a judge that reads face geometry and
+factors off latents. From then on adapters are also trained so that it finds the reference's face in their clean
+estimates, which counts four times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for
+FaceID and the first 74 minutes of InstantID; guidance for FaceID after the first 41 minutes, for InstantID after 31;
+plus had 7 without a judge). What is drawn on the way to a portrait may have another face: 70 % of the noisy pictures
+with a reference are, after time 200, of the portrait mixed with the same one of somebody else, who is noise there. Of
+the shipped weights only plus had that, in its last run, for half of the portraits. For the DiT, which stays frozen
+too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID; for these the judge
+counts once, and sees no guidance and no strangers. Of three of them the table tells the last run alone, which went on
+from what had shipped: plus had 7, 45, 18, 40 and 28 minutes, InstantID 31, 64 and 20, InstantX' layout 20, 16, 17 and
+25; the last of InstantX' and the last two of plus with the later encoder. Half the learning rate, and the shares
+above, are those of the last run of InstantID, and of the last three of plus and InstantX' layout; in the runs before,
+the prompt was empty for 50 %, and named other than the reference for 28 %. All that have a judge were trained in
+fp32, from 4200 portraits in batches of 16; the table has FaceID's judge, the others had ones like it.
 FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each
 fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers
 are trained, with the judge on each half, and so that each word is looked at from its own half.

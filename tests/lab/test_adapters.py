@@ -82,6 +82,45 @@ def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
         assert "face_error" in anew.loss(4)[1]  # what is shipped can say captions
 
 
+def test_strangers_look_otherwise_in_the_face_alone():
+    for seed in range(20):
+        for p, other in zip(data.edit(seed)[:2], data.strangers(seed), strict=True):
+            assert p.indices == other.indices
+            assert all(a != b and abs(b) <= 1 for a, b in zip(p.geometry, other.geometry, strict=True))
+
+
+def test_whoever_is_drawn_so_far_the_reference_is_what_is_asked_for(work, monkeypatch):
+    """A network that always knows the portrait makes no error; it is shown strangers where they are not settled, if a
+    reference is given."""
+    stage, size, seen = adapters.Plus(work), 10, {}
+    stage.until = 0.0
+    number = {id(p): n for n, p in enumerate(stage.portraits)}
+
+    def knows(x, t, rows, tokens, portraits):
+        sigma = stage.base.model_sampling.sigmas[t].view(-1, 1, 1, 1)
+        seen.setdefault(adapters.STRANGERS, (x, t))
+        z = stage.z[[number[id(p)] for p in portraits]]
+        return (x * (sigma**2 + 1).sqrt() - z) / sigma + 0 * tokens.sum()
+
+    def given(stage, size, usual=adapters.examples):
+        found = usual(stage, size)
+        seen["given"] = found[-1]
+        return found
+
+    monkeypatch.setattr(stage, "eps", knows)
+    monkeypatch.setattr(adapters, "examples", given)
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(adapters, "STRANGERS", share)
+        stage.rng.seed(5)
+        torch.manual_seed(5)
+        loss, said = stage.loss(size)
+        assert said["eps_error"] < 1e-6
+    (alone, t), (met, _) = seen[0.0], seen[1.0]
+    moved = (alone != met).flatten(1).any(1)
+    assert torch.equal(moved, seen["given"] & (t > adapters.SETTLED))
+    assert 0 < moved.sum() < size
+
+
 def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):
     stage = faceid.Face(work)
     with torch.no_grad():
