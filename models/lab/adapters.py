@@ -6,7 +6,8 @@ stages "faceid" and "instantid" have in common with it.
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
 text encoder makes of its caption, which costs next to nothing; then all learn from the eps error and from what a judge
 of faces says of their clean estimates under guidance (geometry.py). What the text names may differ from the reference:
-there the text is right.
+there the text is right. The noisy picture may show a stranger where the reference's face shall come: there the
+stranger is noise.
 """
 
 from dataclasses import replace

@@ -98,27 +98,30 @@ def test_whoever_is_drawn_so_far_the_reference_is_what_is_asked_for(work, monkey
 
     def knows(x, t, rows, tokens, portraits):
         sigma = stage.base.model_sampling.sigmas[t].view(-1, 1, 1, 1)
-        seen.setdefault(adapters.STRANGERS, (x, t))
-        z = stage.z[[number[id(p)] for p in portraits]]
-        return (x * (sigma**2 + 1).sqrt() - z) / sigma + 0 * tokens.sum()
+        at, shown = [number[id(p)] for p in portraits], x * (sigma**2 + 1).sqrt()
+        seen.setdefault(adapters.STRANGERS, (shown, t, at))
+        return (shown - stage.z[at]) / sigma + 0 * tokens.sum()
 
-    def given(stage, size, usual=adapters.examples):
-        found = usual(stage, size)
-        seen["given"] = found[-1]
-        return found
+    given = torch.arange(size) % 3 > 0
+
+    def examples(stage, size, usual=adapters.examples):
+        return *usual(stage, size)[:-1], given
 
     monkeypatch.setattr(stage, "eps", knows)
-    monkeypatch.setattr(adapters, "examples", given)
+    monkeypatch.setattr(adapters, "examples", examples)
     for share in (0.0, 1.0):
         monkeypatch.setattr(adapters, "STRANGERS", share)
         stage.rng.seed(5)
-        torch.manual_seed(5)
-        loss, said = stage.loss(size)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            _, said = stage.loss(size)
         assert said["eps_error"] < 1e-6
-    (alone, t), (met, _) = seen[0.0], seen[1.0]
-    moved = (alone != met).flatten(1).any(1)
-    assert torch.equal(moved, seen["given"] & (t > adapters.SETTLED))
-    assert 0 < moved.sum() < size
+    (alone, t, at), (met, *_) = seen[0.0], seen[1.0]
+    moved, way = (met - alone).flatten(1), (stage.strangers[at] - stage.z[at]).flatten(1)
+    share = (moved * way).sum(1) / way.square().sum(1)
+    assert torch.allclose(moved, share[:, None] * way, atol=1e-3)
+    assert torch.equal(share.abs() > 1e-4, given & (t > adapters.SETTLED))
+    assert share.min() > -1e-4 and 0.5 < share.max() < 1
 
 
 def test_every_attention_has_the_files_lora_as_it_was_trained(work, tmp_path, models):

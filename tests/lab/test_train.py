@@ -76,7 +76,7 @@ def test_edit_trains_encoder_and_middle_resumes_and_exports(work):
     assert [name for name, w in exported.items() if torch.equal(w, shipped[name])] == []
 
 
-def test_vision_trains_every_part_resumes_and_exports(work):
+def test_vision_trains_every_part_resumes_and_exports(work, monkeypatch):
     begun = {k: v.clone() for k, v in vision.Vision(work).model.state_dict().items()}
     vision.train(work, budget=3, batch=16)
     first = torch.load(work / "vision.ckpt", weights_only=True)
@@ -96,11 +96,15 @@ def test_vision_trains_every_part_resumes_and_exports(work):
     assert anew.loss(16)[1]["distance"] < 1e-6  # from what was shipped
     with torch.no_grad():
         anew.model["vision"].visual_projection.weight.mul_(1.5)
-    images = anew.batch(16)[0]
-    found = vision.states(anew.model["vision"], images)
+    batch = anew.batch(16)
+    found = vision.states(anew.model["vision"], batch[0])
     embedding = found[0] / 1.5
     wanted = (embedding / 2).square().mean() / embedding.var(0).mean() / 6  # the five hidden states are where they were
-    assert torch.isclose(anew.distance(found, images), wanted, rtol=1e-3)
+    assert torch.isclose(anew.distance(found, batch[0]), wanted, rtol=1e-3)
+    monkeypatch.setattr(anew, "batch", lambda size: batch)
+    near = anew.loss(16)[0]
+    monkeypatch.setattr(vision, "NEAR", vision.NEAR + 100)
+    assert torch.isclose(anew.loss(16)[0] - near, 100 * wanted, rtol=1e-2)
 
 
 def test_an_edit_is_told_by_what_changed():
