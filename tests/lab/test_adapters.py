@@ -102,7 +102,7 @@ def test_whoever_is_drawn_so_far_the_reference_is_what_is_asked_for(work, monkey
         seen.setdefault(adapters.STRANGERS, (shown, t, at))
         return (shown - stage.z[at]) / sigma + 0 * tokens.sum()
 
-    given = torch.arange(size) % 3 > 0
+    given = torch.arange(size) % 3 < 2
 
     def examples(stage, size, usual=adapters.examples):
         return *usual(stage, size)[:-1], given
