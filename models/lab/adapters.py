@@ -6,8 +6,7 @@ stages "faceid" and "instantid" have in common with it.
 Keys and values begin as the UNet's own for the text. The plus adapter is first taught to say of a portrait what the
 text encoder makes of its caption, which costs next to nothing; then all learn from the eps error and from what a judge
 of faces says of their clean estimates under guidance (geometry.py). What the text names may differ from the reference:
-there the text is right. The noisy picture may show a stranger where the reference's face shall come: there the
-stranger is noise.
+there the text is right. A share of the pictures are the network's own, under way (drawing.py).
 """
 
 from dataclasses import replace
@@ -21,7 +20,8 @@ from ...patches.shared.reference import in_file_order
 from ..identity import projectors
 from ..identity.adapter import Network
 from . import common, data, edit, geometry, load, vision
-from .captions import phrases, random_phrases
+from .captions import parse, phrases, random_phrases
+from .drawing import Drawings
 from .portrait import FACTORS, Portrait, draw
 from .stage import Stage
 from .text import Vocabulary
@@ -35,14 +35,8 @@ SAID = len(FACTORS) + 2  # tokens that say something: one for each factor, two f
 NO_IMAGE, NO_TEXT, AGREES = 0.12, 0.2, 0.1  # shares; what remains has a text that differs from the reference
 LATEST = 950  # time after which the clean estimate shows no face to judge
 FACE = 4.0  # weight of what the judge says: beside the eps error its gradient is three times smaller, and less noisy
-STRANGERS, SETTLED = 0.7, 200  # share of pictures on their way to another face, and the time when faces are settled
+DRAWN = 0.5  # share of a batch that the network draws itself
 CFG = 5.0  # the judge looks at what comes out under a guidance of up to this, which exaggerates faces
-
-
-def build(work, count=edit.PAIRS):
-    """The latents to train on: `work`/edits.npy, and `work`/strangers.npy, the same portraits of somebody else."""
-    edit.build(work, count)
-    edit.build(work, len(np.load(work / "edits.npy", mmap_mode="r")), "strangers", data.strangers)
 
 
 def resampler_shapes():
@@ -109,10 +103,19 @@ class Trainer(Stage):
         self.balance = Balance()
         self.balance.mean.fill_(0.02)
         super().__init__(work, name, model, self.adam, seed, lr, kept={"balance": self.balance.mean})
-        found = (torch.from_numpy(np.load(work / f"{file}.npy")).float().to(device) for file in ("edits", "strangers"))
-        self.z, self.strangers = (self.base.latent_format.process_in(x.flatten(0, 1)) for x in found)
-        self.portraits = [p for n in range(len(self.z) // 2) for p in data.edit(n)[:2]]
+        latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
+        self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
+        self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
         self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
+        self.drawings = Drawings(self.example, self.base.model_sampling.sigmas, self.rng)
+
+    def example(self):
+        """What `Drawings` takes, of a portrait of which text and reference tell everything."""
+        while True:
+            at = self.rng.randrange(len(self.z))
+            parts, looked = self.choose(self.portraits[at])
+            if looked and replace(looked, **parse(", ".join(parts))) == self.portraits[at]:
+                return at, self.z[at], torch.tensor(self.vocabulary.encode(parts), device=self.z.device), looked
 
     def parts(self):
         """{name: network} that is trained beside projector and layers, on the device."""
@@ -149,11 +152,14 @@ class Trainer(Stage):
         at, z, rows, looked, given = examples(self, size)
         sampling = self.base.model_sampling
         t = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999).to(z.device)
-        sigma, noise = sampling.sigmas[t].view(-1, 1, 1, 1), torch.randn_like(z)
-        away = given & (t > SETTLED) & (torch.rand(size, device=z.device) < STRANGERS)
-        away = (away * torch.rand(size, device=z.device)).view(-1, 1, 1, 1)
-        noise = noise + away * (self.strangers[at] - z) / sigma  # the face that is drawn so far may be another's
-        x = sampling.calculate_input(sigma, z + sigma * noise)
+        shown = z + sampling.sigmas[t].view(-1, 1, 1, 1) * torch.randn_like(z)
+        drawn = self.drawings.some(int(DRAWN * size))
+        for n, one in enumerate(drawn.values()):
+            at[n], rows[n], looked[n], shown[n], t[n] = one
+        given[: len(drawn)] = True
+        z, sigma = self.z[at], sampling.sigmas[t].view(-1, 1, 1, 1)
+        noise = (shown - z) / sigma
+        x = sampling.calculate_input(sigma, shown)
         portraits = [self.portraits[i] for i in at]
         with common.autocast():
             tokens = self.model.image_proj(self.reference(looked, given))
@@ -166,6 +172,8 @@ class Trainer(Stage):
         cfg = 1 + (CFG - 1) * torch.rand(size, 1, 1, 1, device=z.device)
         guided = blank + cfg * (eps - blank)
         face = self.faces.error(z + sigma * (noise - guided), at, given & (t < LATEST))
+        for n, number in enumerate(drawn):
+            self.drawings.go_on(number, guided[n].detach())
         said = {"eps_error": error.detach().mean(), "face_error": face.detach()}
         return self.balance(error, t) + FACE * face, said
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from .portrait import FACTORS, GEOMETRY, SIZE, Portrait, draw
+from .portrait import FACTORS, SIZE, Portrait, draw
 
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
 
@@ -42,12 +42,6 @@ def edit(seed):
     name = rng.choice(list(FACTORS))
     value = rng.choice([value for value in FACTORS[name] if value != getattr(source, name)])
     return source, replace(source, **{name: value}), name
-
-
-def strangers(seed):
-    """The two portraits of `edit`, each with a face of somebody else."""
-    rng = random.Random(f"strangers {seed}")
-    return [replace(p, **{name: round(rng.uniform(-1, 1), 4) for name in GEOMETRY}) for p in edit(seed)[:2]]
 
 
 def to_tensor(array, device):

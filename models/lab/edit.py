@@ -33,17 +33,17 @@ def instruction(edited, name, rng):
     return parts
 
 
-def build(work, count=PAIRS, name="edits", pair=lambda seed: data.edit(seed)[:2]):
-    """Draw and encode pairs -> `work`/`name`.npy, float16 [count, 2, 4, 16, 16], as the VAE gives them; resumable."""
-    path = work / f"{name}.npy"
+def build(work, count=PAIRS):
+    """Draw and encode pairs -> `work`/edits.npy, float16 [count, 2, 4, 16, 16], as the VAE gives them; resumable."""
+    path = work / "edits.npy"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, "w+", np.float16, (count, 2, 4, 16, 16)).flush()
     out, model = np.load(path, mmap_mode="r+"), evaluate.taesd()
-    for start in tqdm(range(0, len(out), 5), desc=name, mininterval=5):
+    for start in tqdm(range(0, len(out), 5), desc="edits", mininterval=5):
         block = range(start, min(start + 5, len(out)))
         if not out[block[-1]].any():
-            pictures = np.stack([draw(portrait) for seed in block for portrait in pair(seed)])
+            pictures = np.stack([draw(portrait) for seed in block for portrait in data.edit(seed)[:2]])
             out[start : start + 5] = latents.encode(model, pictures).reshape(-1, 2, 4, 16, 16)
     out.flush()
 

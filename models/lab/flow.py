@@ -3,7 +3,7 @@
     adapter_dit.safetensors   tokens of the picture as a whole, keys and values of all blocks; models/identity/joint.py
 
 What text and reference say in training, and who judges faces, is as for the plus adapter (adapters.py), but that the
-judge counts once and sees no guidance, and that no strangers are met.
+judge counts once and sees no guidance, and that it draws nothing itself.
 """
 
 import numpy as np

@@ -104,12 +104,12 @@ def run(stage, o):
     elif stage == "clip":
         module("clip").train(module("common").WEIGHTS, o.seed)
     elif stage in ("adapter", "faceid"):
-        module("adapters").build(o.work)
+        module("edit").build(o.work)
         which = module("adapters").Plus if stage == "adapter" else module("faceid").Face
         budget = 60 * (o.minutes or MINUTES[stage])
         module("adapters").train(o.work, budget, which, o.batch or 32, seed=o.seed, shipped=o.shipped)
     elif stage in OWN:
-        module("adapters" if stage == "instantid" else "edit").build(o.work)
+        module("edit").build(o.work)
         more = {"shipped": o.shipped} if stage in SHIPPED else {}
         module(OWN[stage]).train(o.work, 60 * (o.minutes or MINUTES[stage]), o.batch or 32, seed=o.seed, **more)
     elif stage in ("time", "time-dit"):

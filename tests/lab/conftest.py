@@ -1,5 +1,5 @@
 import pytest
-from steer.models.lab import adapters, common, geometry
+from steer.models.lab import common, edit, geometry
 from steer.models.lab.load import load_model
 from steer.models.lab.reader import load_reader
 
@@ -16,10 +16,10 @@ def reader():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A work folder with five pairs of portraits, as many of strangers, and a judge of faces trained for a moment."""
+    """A work folder with five pairs of portraits and a judge of faces that was trained for a moment."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "WEIGHTS", folder)
-        adapters.build(folder, 5)
+        edit.build(folder, 5)
         geometry.train(folder, 1, batch=4)
     return folder
