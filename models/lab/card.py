@@ -132,17 +132,18 @@ without face; it has a LoRA of rank 8 for every attention. InstantID: as FaceID,
 begins as the UNet's encoder and adds nothing at first, together. Stage geometry: a judge that reads face geometry and
 factors off latents. From then on adapters are also trained so that it finds the reference's face in their clean
 estimates, which counts four times, under a cfg from 1 to 5, which exaggerates faces, until time 950 (until 850 for
-FaceID and the first 74 minutes of InstantID; guidance for FaceID after the first 41 minutes, for InstantID after 31;
-plus had 7 without a judge). What is drawn on the way to a portrait may have another face: 70 % of the noisy pictures
-with a reference are, after time 200, of the portrait mixed with the same one of somebody else, who is noise there. Of
-the shipped weights only plus had that, in its last run, for half of the portraits. For the DiT, which stays frozen
-too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID; for these the judge
-counts once, and sees no guidance and no strangers. Of three of them the table tells the last run alone, which went on
-from what had shipped: plus had 7, 45, 18, 40 and 28 minutes, InstantID 31, 64 and 20, InstantX' layout 20, 16, 17 and
-25; the last of InstantX' and the last two of plus with the later encoder. Half the learning rate, and the shares
-above, are those of the last run of InstantID, and of the last three of plus and InstantX' layout; in the runs before,
-the prompt was empty for 50 %, and named other than the reference for 28 %. All that have a judge were trained in
-fp32, from 4200 portraits in batches of 16; the table has FaceID's judge, the others had ones like it.
+the first 66 minutes of FaceID and 74 of InstantID; guidance for FaceID after 41 minutes, for InstantID after 31; plus
+had 7 without a judge). Half of a batch are drawings of the network itself, under way at all times down to 100; all
+that is not the portrait in them is noise. Only the last runs of plus, FaceID and InstantID had these; the run of plus
+before, of 28 minutes, had half of the portraits mixed with the same of somebody else in their place. For the DiT,
+which stays frozen too: an adapter of InstantX' layout, taught as the plus adapter, and one of PuLID's, as FaceID; for
+these the judge counts once, and sees no guidance and no drawings. Of four of them the table tells the last run alone,
+which went on from what had shipped: plus had 7, 45, 18, 40, 28 and 45 minutes, FaceID 66 and 20, InstantID 31, 64, 20
+and 20, InstantX' layout 20, 16, 17 and 25; the last of InstantX' and the last three of plus with the later encoder.
+Half the learning rate, and the shares above, are those of the last run of FaceID, the last two of InstantID, the last
+four of plus and the last three of InstantX' layout; in the runs before, the prompt was empty for 50 %, and named
+other than the reference for 28 %. All that have a judge were trained in fp32, from 4200 portraits in batches of 16,
+with judges like the table's.
 FastComposer: scenes of two of them side by side, in batches of 8, up to three factors said of each, the word of each
 fused with a picture of that person who looks otherwise in what is said; the fusing network and the UNet's transformers
 are trained, with the judge on each half, and so that each word is looked at from its own half.
