@@ -102,20 +102,25 @@ def test_half_of_a_batch_is_drawn_by_the_network_itself(work, monkeypatch):
     before = [one._replace(latent=5 * torch.randn_like(one.latent)) for one in stage.drawings.under_way]
     stage.drawings.under_way = list(before)
 
+    def examples(stage, size, usual=adapters.examples):
+        return *usual(stage, size)[:-1], torch.zeros(size, dtype=torch.bool)
+
     def asks(portraits, given):
         asked.append((portraits, given))
         return reference(portraits, given)
 
     monkeypatch.setattr(stage, "eps", knowing(stage, seen))
     monkeypatch.setattr(stage, "reference", asks)
+    monkeypatch.setattr(adapters, "examples", examples)
     _, said = stage.loss(size)
     assert said["eps_error"] < 1e-6
     gone_on = [one for one, now in zip(before, stage.drawings.under_way, strict=True) if one is not now]
     assert len(gone_on) == size // 2
     (shown, t, at), (looked, given) = seen[0], asked[0]
+    assert given.sum() == size // 2
     for one in gone_on:
         n = next(n for n in range(size) if torch.allclose(shown[n], one.latent, atol=1e-4))
-        assert (t[n], at[n], looked[n], bool(given[n])) == (one.t, one.at, one.looked, True)
+        assert (t[n], at[n], looked[n]) == (one.t, one.at, one.looked) and given[n]
 
 
 def test_what_is_drawn_is_told_by_text_and_reference_together(work, monkeypatch):
