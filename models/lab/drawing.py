@@ -13,7 +13,7 @@ from .portrait import Portrait
 
 COUNT = 64  # drawings under way
 PACE = 50, 150  # times from one step to the next
-LAST = 100  # time from which on a face is settled
+LAST = 100  # time below which a face is settled
 
 
 class Drawing(NamedTuple):
@@ -49,5 +49,8 @@ class Drawings:
         """A step of Euler's method along the noise eps [4, 16, 16]; what is done makes room for another."""
         one = self.under_way[number]
         t = one.t - self.rng.randint(*PACE)
-        latent = one.latent + (self.sigmas[t] - self.sigmas[one.t]) * eps if t >= LAST else None
-        self.under_way[number] = self.begin() if latent is None else one._replace(latent=latent, t=t)
+        if t < LAST:
+            self.under_way[number] = self.begin()
+        else:
+            later = one.latent + (self.sigmas[t] - self.sigmas[one.t]) * eps
+            self.under_way[number] = one._replace(latent=later, t=t)

@@ -123,6 +123,22 @@ def test_half_of_a_batch_is_drawn_by_the_network_itself(work, monkeypatch):
         assert (t[n], at[n], looked[n]) == (one.t, one.at, one.looked) and given[n]
 
 
+def test_it_draws_under_guidance(work, monkeypatch):
+    """A step goes along 1 + r (CFG - 1) times the noise that a network sees only where it is told something."""
+    stage, calls, steps = faceid.Face(work), [], []
+
+    def eps(x, t, rows, tokens, portraits):
+        calls.append(rows)
+        return torch.full_like(x, float(len(calls) == 1)) + 0 * tokens.sum()
+
+    monkeypatch.setattr(stage, "eps", eps)
+    monkeypatch.setattr(stage.drawings, "go_on", lambda number, step: steps.append(step))
+    stage.loss(16)
+    assert len(calls) == 2 and len(steps) == 8
+    cfg = torch.stack([step.mean() for step in steps])
+    assert all(step.max() - step.min() < 1e-5 for step in steps) and 1 <= cfg.min() and 2 < cfg.max() <= adapters.CFG
+
+
 def test_what_is_drawn_is_told_by_text_and_reference_together(work, monkeypatch):
     stage, chosen = faceid.Face(work), []
     choose = stage.choose
