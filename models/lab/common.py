@@ -2,8 +2,8 @@
 
 import csv
 import functools
-import time
 from pathlib import Path
+from time import process_time
 
 import torch
 from tqdm import tqdm
@@ -113,7 +113,7 @@ class Log:
     """Progress bar plus a CSV in the repository: stage, step, samples, seconds of processor time, name, value."""
 
     def __init__(self, stage, total, start=0, batch=1, seconds=0.0):
-        self.stage, self.batch, self.offset, self.began = stage, batch, seconds, time.process_time()
+        self.stage, self.batch, self.offset, self.began = stage, batch, seconds, process_time()
         self.bar = tqdm(total=total, initial=start, desc=stage, mininterval=5, dynamic_ncols=True)
         self.path = WEIGHTS / "training.csv"
         if not self.path.exists():
@@ -122,7 +122,7 @@ class Log:
 
     @property
     def seconds(self):
-        return self.offset + time.process_time() - self.began
+        return self.offset + process_time() - self.began
 
     def write(self, step, **values):
         with self.path.open("a", newline="") as f:

@@ -56,7 +56,7 @@ def test_the_face_comes_over_and_the_prompt_tells_the_rest(models, reader):
     assert on["obeyed"] > 0.93
 
 
-def test_the_steps_of_its_training(work, tmp_path, monkeypatch):
+def test_the_steps_of_its_training(work, tmp_path, monkeypatch, clock):
     """Both kinds train every part, resume and export a file that the loader reads, and that they go on from."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     monkeypatch.setattr(adapters, "CAPTIONS", 100)

@@ -108,7 +108,7 @@ def test_the_judge_knows_whose_is_whose():
     assert wrong["mixed"] == 1 and wrong["nearer"] == 0 and wrong["other's"] > 0.99
 
 
-def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
+def test_the_steps_of_its_training(work, monkeypatch, tmp_path, clock):
     """Every part is trained, and the training goes on where it stopped."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     begun = {k: v.clone() for k, v in fastcomposer.Trainer(work).model.state_dict().items()}

@@ -81,7 +81,7 @@ def test_an_encoder_that_does_not_pool_is_refused(exported):
                         clip_vision=load.vision_model(siglip))
 
 
-def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
+def test_the_steps_of_its_training(work, monkeypatch, tmp_path, clock):
     """Every part is trained, and the training goes on where it stopped, and from the file."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     begun = {k: v.clone() for k, v in flow.Trainer(work).model.state_dict().items()}

@@ -92,7 +92,7 @@ def test_its_keys_are_those_of_the_public_file(exported):
     assert (adapter.eva, adapter.image, adapter.tokens) == (128, 192, pulid.TOKENS)
 
 
-def test_the_steps_of_its_training(work, monkeypatch, tmp_path):
+def test_the_steps_of_its_training(work, monkeypatch, tmp_path, clock):
     """Every part is trained, and the training goes on where it stopped, and from the file."""
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     begun = {k: v.clone() for k, v in pulid.Trainer(work).model.state_dict().items()}

@@ -37,7 +37,7 @@ def test_latents_are_whitened(work):
     assert torch.allclose(back, torch.from_numpy(z), atol=1e-4)
 
 
-def test_unet_trains_every_part_and_resumes(work):
+def test_unet_trains_every_part_and_resumes(work, clock):
     unet.train(work, budget=4, batch=2)
     first = torch.load(work / "unet.ckpt", weights_only=True)
     assert first["step"] > 3
@@ -47,18 +47,18 @@ def test_unet_trains_every_part_and_resumes(work):
     assert again["step"] > first["step"] and again["seconds"] >= 7
 
 
-def test_dit_trains_every_part_and_resumes(work):
+def test_dit_trains_every_part_and_resumes(work, clock):
     unet.train(work, budget=1, batch=2)
-    dit.train(work, budget=8, batch=4)
+    dit.train(work, budget=4, batch=4)
     first = torch.load(work / "dit.ckpt", weights_only=True)
     assert first["step"] > 3
     assert [name for name, w in first["model"].items() if not w.any()] == []
-    dit.train(work, budget=10, batch=4)
+    dit.train(work, budget=6, batch=4)
     again = torch.load(work / "dit.ckpt", weights_only=True)
-    assert again["step"] > first["step"] and again["seconds"] >= 10
+    assert again["step"] > first["step"] and again["seconds"] >= 6
 
 
-def test_edit_trains_encoder_and_middle_resumes_and_exports(work):
+def test_edit_trains_encoder_and_middle_resumes_and_exports(work, clock):
     edit.build(work, 7)
     pairs = np.load(work / "edits.npy")
     assert pairs.shape == (7, 2, 4, 16, 16) and np.ptp(pairs, axis=(2, 3, 4)).all()
@@ -76,7 +76,7 @@ def test_edit_trains_encoder_and_middle_resumes_and_exports(work):
     assert [name for name, w in exported.items() if torch.equal(w, shipped[name])] == []
 
 
-def test_vision_trains_every_part_resumes_and_exports(work, monkeypatch):
+def test_vision_trains_every_part_resumes_and_exports(work, monkeypatch, clock):
     begun = {k: v.clone() for k, v in vision.Vision(work).model.state_dict().items()}
     vision.train(work, budget=3, batch=16)
     first = torch.load(work / "vision.ckpt", weights_only=True)
