@@ -1,21 +1,44 @@
 """Stage "geometry": a judge that reads the face's measures and the factors off latents.
 
 The error of noise hardly knows one face from another, since they differ in few pixels. So adapters are also trained to
-please this judge, which looks at their clean estimates. It is not shipped, and nothing is measured by it.
+please this judge, which looks at their clean estimates. It learns from other portraits than those it judges: on the
+latter it would remember, not look, and ask for no more than what it remembers. It is not shipped, and nothing is
+measured by it.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from . import common, data, load
-from .portrait import GEOMETRY
+from . import common, edit, evaluate, latents, load
+from .portrait import GEOMETRY, Portrait, draw
 from .reader import SIZES
 from .stage import Stage
 
+COUNT = 8000  # portraits to learn from
+SHIFT = 2  # latents by which they are moved at most, down and up
 NOISE = 0.1  # highest standard deviation of what is added to latents of a standard deviation of 1
 MEASURES = 2.0  # weight of their error
+
+
+def portraits(count=COUNT):
+    return [Portrait.from_seed(edit.PAIRS + n) for n in range(count)]
+
+
+def build(work, count=COUNT):
+    """Draw and encode them -> `work`/faces.npy, float16 [count, 4, 16, 16], as the VAE gives them; resumable."""
+    path = work / "faces.npy"
+    if not path.exists():
+        np.lib.format.open_memmap(path, "w+", np.float16, (count, 4, 16, 16)).flush()
+    out, model = np.load(path, mmap_mode="r+"), evaluate.taesd()
+    drawn = portraits(len(out))
+    for start in tqdm(range(0, len(out), 10), desc="faces", mininterval=5):
+        block = slice(start, start + 10)
+        if not out[block][-1].any():
+            out[block] = latents.encode(model, np.stack([draw(p) for p in drawn[block]]))
+    out.flush()
 
 
 def _stage(n_in, n_out, stride=1):
@@ -41,16 +64,14 @@ class Geometry(Stage):
         torch.manual_seed(seed)
         super().__init__(work, "geometry", Judge(), ("factors", "geometry", "trunk.0."), seed, lr)
         base = load.unet_model(load.latent_stats("unet"))
-        latents = torch.from_numpy(np.load(work / "edits.npy")).float()
-        portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
-        to_unit = base.latent_format
-        self.z = (to_unit.process_in(latents.flatten(0, 1)) / to_unit.scale).to(common.device())
-        self.measures = torch.tensor([p.geometry for p in portraits]).float().to(self.z.device)
-        self.named = torch.tensor([p.indices for p in portraits]).to(self.z.device)
+        z, to_unit = torch.from_numpy(np.load(work / "faces.npy")).float(), base.latent_format
+        self.z, drawn = (to_unit.process_in(z) / to_unit.scale).to(common.device()), portraits(len(z))
+        self.measures = torch.tensor([p.geometry for p in drawn]).float().to(self.z.device)
+        self.named = torch.tensor([p.indices for p in drawn]).to(self.z.device)
 
     def loss(self, size):
         at = torch.randint(len(self.z), (size,), device=self.z.device)
-        z = self.z[at]
+        z = self.z[at].roll(int(torch.randint(-SHIFT, SHIFT + 1, ())), 2)
         z = z + NOISE * torch.rand(size, 1, 1, 1, device=z.device) * torch.randn_like(z)
         with common.autocast():
             factors, measured = self.model(z)
@@ -61,6 +82,7 @@ class Geometry(Stage):
 
 
 def train(work, budget, batch=32, seed=0):
+    build(work)
     Geometry(work, seed).run(budget, batch)
 
 

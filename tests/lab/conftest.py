@@ -24,10 +24,11 @@ def clock(monkeypatch):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A work folder with five pairs of portraits and a judge of faces that was trained for a moment."""
+    """A work folder with five pairs of portraits, and a judge that was trained for a moment on ten others."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "WEIGHTS", folder)
         edit.build(folder, 5)
+        geometry.build(folder, 10)
         geometry.train(folder, 1, batch=4)
     return folder
