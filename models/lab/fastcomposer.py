@@ -85,7 +85,7 @@ class Trainer(Stage):
         latents = torch.from_numpy(np.load(work / "edits.npy")).float().to(device)
         self.z = self.base.latent_format.process_in(latents.flatten(0, 1))
         self.portraits = [p for n in range(len(latents)) for p in data.edit(n)[:2]]
-        self.faces = geometry.Faces(work, self.portraits, self.base.latent_format.scale)
+        self.faces = geometry.Faces(work, self.portraits, self.base.latent_format)
 
     @torch.no_grad()
     def seen(self, portraits):
